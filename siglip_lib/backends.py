@@ -1,0 +1,358 @@
+"""Attention backends: which can run here, why the others can't, and one function that calls any of them."""
+
+import ctypes
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from siglip_lib.checks import positive_int, probability
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run, the operator that would, and the reason why none can (empty if one can)."""
+
+    name: str
+    usable: bool
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What decides whether a backend can run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    dropout: float
+    deterministic: bool
+
+
+def attention_backends(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    dropout: float = 0.0,
+    deterministic: bool = False,
+) -> dict[str, BackendStatus]:
+    """Tell which attention backends can run, in the order in which ``backend="auto"`` prefers them.
+
+    On a GPU each backend that might run is tried once, forward and backward, on 16 tokens; the answer is remembered.
+
+    Args:
+        device: where q, k and v would be.
+        dtype: their dtype.
+        head_dim: channels of a head.
+        dropout: dropout of attention weights, in [0, 1).
+        deterministic: whether every run must give the same bits, backward pass included.
+
+    Returns:
+        A status for each of ``cudnn``, ``flash_attn``, ``xformers``, ``sdpa`` and ``eager``.
+    """
+    positive_int("head_dim", head_dim)
+    probability("dropout", dropout)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype={dtype!r} must be a torch.dtype")
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    case = _Case(device, dtype, head_dim, 0.1 if dropout else 0.0, deterministic)
+    return {name: _status(name, case) for name in _BACKENDS}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    backend: str = "auto",
+    dropout: float = 0.0,
+    deterministic: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention, ``softmax(q @ k.T * scale) @ v`` for each sample and head.
+
+    Args:
+        q: queries (B, N, heads, head_dim); any strides with contiguous channels, such as views of a packed
+            (B, N, 3, heads, head_dim) tensor. No backend copies them.
+        k: keys, as q.
+        v: values, as q.
+        backend: ``auto`` for the first that can run, or one of ``cudnn``, ``flash_attn``, ``xformers``, ``sdpa``,
+            ``eager``.
+        dropout: probability in [0, 1) of dropping an attention weight; applied whenever it is not zero.
+        deterministic: the same bits on every run, backward pass included; backends that can't promise it are out.
+        scale: factor of the scores; ``head_dim ** -0.5`` if None.
+
+    Returns:
+        (B, N, heads, head_dim), dtype of q.
+
+    Raises:
+        ValueError: a shape is wrong, or the backend asked for cannot run; the message says why.
+        TypeError: q, k and v differ in dtype.
+
+    Source: Vaswani et al., Attention Is All You Need (2017), section 3.2.1.
+    """
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or k.shape != v.shape
+        or q.shape[::2] != k.shape[::2]
+        or q.shape[3] != k.shape[3]
+    ):
+        raise ValueError(
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            "all must be (B, N, heads, head_dim)"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be the same"
+        )
+    name = choose_backend(
+        backend, q.device, q.dtype, q.shape[-1], probability("dropout", dropout), deterministic
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
+
+
+def choose_backend(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    dropout: float = 0.0,
+    deterministic: bool = False,
+) -> str:
+    """Return the name of the backend that will run; a forced one that cannot is a ValueError that says why."""
+    check_backend_name(backend)
+    found = attention_backends(device, dtype, head_dim, dropout, deterministic)
+    if backend == "auto":
+        # eager runs everywhere, so there is always a first
+        return next(status.name for status in found.values() if status.usable)
+    if not found[backend].usable:
+        usable = ", ".join(status.name for status in found.values() if status.usable)
+        raise ValueError(
+            f"backend={backend!r} cannot run here: {found[backend].reason}. Usable: auto, {usable}"
+        )
+    return backend
+
+
+# What torch.compiler.assume_constant_result sets, without the import of the whole compiler that it costs: a compiled
+# model takes the choice as a constant and does not trace the trial runs.
+choose_backend._dynamo_marked_constant = True
+
+
+def check_backend_name(backend: str) -> str:
+    """Return ``backend`` if it is the name of one, or ``auto``."""
+    if backend != "auto" and backend not in _BACKENDS:
+        raise ValueError(
+            f"backend={backend!r} is unknown; allowed are auto, {', '.join(_BACKENDS)}"
+        )
+    return backend
+
+
+# --- the calls: q, k, v (B, N, heads, head_dim) -> (B, N, heads, head_dim) ---
+
+
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float, deterministic: bool
+) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, N, head_dim)
+    weights = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, N, N)
+    return (F.dropout(weights, dropout) @ v).transpose(1, 2)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float, deterministic: bool
+) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, N, head_dim)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale).transpose(1, 2)
+
+
+def _cudnn(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float, deterministic: bool
+) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(q, k, v, dropout, scale, deterministic)
+
+
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float, deterministic: bool
+) -> Tensor:
+    func = _import_quietly("flash_attn").flash_attn_func
+    return func(q, k, v, dropout_p=dropout, softmax_scale=scale, deterministic=deterministic)
+
+
+def _xformers(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float, deterministic: bool
+) -> Tensor:
+    return _import_quietly("xformers.ops").memory_efficient_attention(
+        q, k, v, p=dropout, scale=scale
+    )
+
+
+# --- the reasons: None if the backend may run, before it is tried ---
+
+
+def _no_reason(case: _Case) -> str | None:
+    return None
+
+
+def _why_not_sdpa(case: _Case) -> str | None:
+    if case.deterministic and case.device.type != "cpu":
+        return "its kernels add gradients in an order that varies; eager and flash_attn are deterministic"
+    return None
+
+
+def _needs_cuda(case: _Case) -> str | None:
+
+    if case.device.type != "cuda":
+        return f"needs a CUDA device, not {case.device.type}"
+    if not torch.cuda.is_available():
+        return "needs a CUDA device, and torch sees none"
+    return None
+
+
+def _why_not_cudnn(case: _Case) -> str | None:
+    if reason := _needs_cuda(case) or _needs_half(case):
+        return reason
+    if case.deterministic:
+        return "torch gives no way to ask cuDNN for a deterministic backward pass"
+    if not torch.backends.cudnn.is_available():
+        return "this torch was built without cuDNN"
+    return None
+
+
+def _why_not_flash_attn(case: _Case) -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    if reason := _needs_cuda(case) or _needs_half(case):
+        return reason
+    if torch.cuda.get_device_capability(case.device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 (Ampere) or newer"
+    if case.head_dim % 8 or case.head_dim > 256:
+        return f"needs a head_dim that is a multiple of 8 up to 256, not {case.head_dim}"
+    return None
+
+
+def _why_not_xformers(case: _Case) -> str | None:
+    if importlib.util.find_spec("xformers") is None:
+        return "the package xformers is not installed"
+    if reason := _needs_cuda(case):
+        return reason
+    if case.deterministic:
+        return "it offers no deterministic backward pass"
+    return None
+
+
+def _needs_half(case: _Case) -> str | None:
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return f"needs float16 or bfloat16, not {str(case.dtype).removeprefix('torch.')}"
+    return None
+
+
+# --- the operators: what would run, as text ---
+
+
+def _sdpa_operator(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
+    choice = torch._fused_sdp_choice(*(x.transpose(1, 2) for x in (q, k, v)), dropout_p=dropout)
+    return "torch " + SDPBackend(choice).name.lower()
+
+
+def _xformers_operator(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
+    inputs = _import_quietly("xformers.ops.fmha").Inputs(q, k, v, p=dropout)
+    return (
+        importlib.import_module("xformers.ops.fmha.dispatch")
+        ._dispatch_fw(inputs, needs_gradient=True)
+        .NAME
+    )
+
+
+@dataclass(frozen=True)
+class _Backend:
+    run: Callable[[Tensor, Tensor, Tensor, float, float, bool], Tensor]
+    why_not: Callable[[_Case], str | None]
+    operator: Callable[[Tensor, Tensor, Tensor, float], str]
+
+
+# The order of "auto". ORDER_FIGURES
+_BACKENDS = {
+    "cudnn": _Backend(_cudnn, _why_not_cudnn, lambda *_: f"cuDNN {torch.backends.cudnn.version()}"),
+    "flash_attn": _Backend(
+        _flash_attn,
+        _why_not_flash_attn,
+        lambda *_: f"flash-attn {importlib.metadata.version('flash-attn')}",
+    ),
+    "xformers": _Backend(_xformers, _why_not_xformers, _xformers_operator),
+    "sdpa": _Backend(_sdpa, _why_not_sdpa, _sdpa_operator),
+    "eager": _Backend(_eager, _no_reason, lambda *_: "matmul, softmax, matmul"),
+}
+
+
+@functools.cache
+def _status(name: str, case: _Case) -> BackendStatus:
+    backend = _BACKENDS[name]
+    reason = backend.why_not(case)
+    if reason is not None:
+        return BackendStatus(name, False, "", reason)
+    if case.device.type == "meta":
+        return BackendStatus(name, True, "", "")
+    try:
+        operator = _try(backend, case)
+    except (
+        Exception
+    ) as error:  # whatever a library raises for a case that it does not offer is its reason
+        return BackendStatus(name, False, "", str(error).strip().split("\n")[0])
+    return BackendStatus(name, True, operator, "")
+
+
+def _try(backend: _Backend, case: _Case) -> str:
+    """Run the backend on 16 tokens, forward and backward, and return the name of its operator."""
+    devices = [case.device] if case.device.type == "cuda" else []
+    grad = case.dtype.is_floating_point
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(case.device.type, enabled=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter(
+            "ignore"
+        )  # torch warns of each kernel that it turns down; the error says it all
+        qkv = torch.ones(
+            1, 16, 3, 1, case.head_dim, dtype=case.dtype, device=case.device, requires_grad=grad
+        )
+        q, k, v = qkv.unbind(2)
+        backend.run(q, k, v, case.dropout, 1.0, case.deterministic).sum().backward()
+        return backend.operator(q, k, v, case.dropout)
+
+
+@functools.cache
+def _import_quietly(name: str):
+    """Import flash-attn or xformers without the warnings that they print about what a reader did not ask for."""
+    if name.startswith("xformers"):
+        _load_cuda12_runtime()
+        logging.getLogger("xformers").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(name)
+
+
+def _load_cuda12_runtime() -> None:
+    """Load libcudart.so.12, which xformers' wheel links to, from its package: torch may bring CUDA 13's alone."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else ():
+        for library in Path(folder).glob("cuda_runtime/lib/libcudart.so.12"):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

@@ -1,0 +1,79 @@
+"""The transformer block: attention and MLP, each on a residual branch."""
+
+from torch import Tensor, nn
+
+from siglip_lib.attention import Attention
+from siglip_lib.checks import finite
+from siglip_lib.layers import DropPath, LayerScale, Mlp
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: ``x + drop_path1(ls1(attn(norm1(x))))``, then the same with the MLP.
+
+    Args:
+        dim: channels D.
+        num_heads: heads of the attention; divides ``dim``.
+        mlp_ratio: hidden channels of the MLP over D, rounded down to whole channels.
+        qkv_bias: bias in the q, k, v projection.
+        qk_norm: normalise q and k in each head.
+        proj_drop: dropout after the attention's projection and in the MLP, in [0, 1).
+        attn_drop: dropout of attention weights, in [0, 1).
+        init_values: start of both LayerScales; None for none.
+        drop_path: probability in [0, 1) of dropping a branch for a sample.
+        act_layer: activation of the MLP.
+        norm_layer: class of both norms, and of those of q and k; called with a width alone.
+        mlp_layer: class of the MLP.
+        deterministic: the same bits on every run, backward pass included.
+        backend: attention backend, see ``Attention``.
+
+    Shapes: x (B, N, D) to (B, N, D).
+
+    Source: Dosovitskiy et al., An Image is Worth 16x16 Words (2021), section 3.1; parameter names are timm's.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        init_values: float | None = None,
+        drop_path: float = 0.0,
+        act_layer: type[nn.Module] = nn.GELU,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        mlp_layer: type[nn.Module] = Mlp,
+        deterministic: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        finite("mlp_ratio", mlp_ratio)
+
+        def scale() -> nn.Module:
+            return nn.Identity() if init_values is None else LayerScale(dim, init_values)
+
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(
+            dim,
+            num_heads,
+            qkv_bias,
+            qk_norm,
+            attn_drop,
+            proj_drop,
+            norm_layer,
+            deterministic,
+            backend=backend,
+        )
+        self.ls1 = scale()
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = norm_layer(dim)
+        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop)
+        self.ls2 = scale()
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))  # (B, N, D)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # (B, N, D)

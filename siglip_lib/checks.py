@@ -1,0 +1,34 @@
+"""Argument checks shared by the components: each names the argument, its value and what is allowed."""
+
+import math
+
+
+def probability(name: str, value: float) -> float:
+    """Return ``value`` if it lies in [0, 1), the range in which a dropout can rescale what it keeps."""
+    number(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}={value!r} must lie in [0, 1)")
+    return float(value)
+
+
+def positive_int(name: str, value: int) -> int:
+    """Return ``value`` if it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1")
+    return value
+
+
+def finite(name: str, value: float) -> float:
+    """Return ``value`` if it is a finite number."""
+    number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be finite")
+    return float(value)
+
+
+def number(name: str, value: float) -> None:
+    """Refuse what is not an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")

@@ -1,0 +1,116 @@
+"""Pictures in the notebooks: one style, alt text on each, and the few drawings that several notebooks share.
+
+matplotlib is imported when a picture is drawn, not before: importing the library stays quick.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+PICTURES = ("cat", "coffee", "astronaut")
+# Okabe and Ito's palette: told apart by the colour-blind and on a weak projector.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def figure(
+    rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 3.2
+) -> tuple[Figure, np.ndarray]:
+    """Return a figure and its axes, an array (rows, columns), in the series' style; sizes in inches."""
+    import matplotlib.pyplot as plt
+    from cycler import cycler
+
+    plt.rcParams |= {
+        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "lines.linewidth": 2,
+        "legend.frameon": False,
+        "figure.dpi": 100,
+    }
+    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+
+
+def show(fig: Figure, alt: str) -> None:
+    """Display a figure as a PNG whose description is ``alt``: what a reader who can't see it needs to know.
+
+    The description is also the output's plain text, so a test of the notebook compares it.
+    """
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    if not alt.strip():
+        raise ValueError("alt is empty; say what the picture shows")
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png")
+    plt.close(fig)
+    display(
+        {"image/png": buffer.getvalue(), "text/plain": alt},
+        raw=True,
+        metadata={"image/png": {"alt": alt}},
+    )
+
+
+def picture(name: str, size: int = 384) -> Image:
+    """Return one of the shipped photographs, RGB, ``size`` by ``size`` pixels: cat, coffee or astronaut."""
+    from PIL import Image
+
+    if name not in PICTURES:
+        raise ValueError(f"name={name!r} is unknown; allowed are {', '.join(PICTURES)}")
+    with Image.open(Path(__file__).parent / "pictures" / f"{name}.jpg") as image:
+        return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+
+
+def plot_histogram(
+    ax: Axes, values: Tensor, edges: np.ndarray, label: str, **style: object
+) -> np.ndarray:
+    """Draw the density of ``values`` in the bins between ``edges`` as steps, and return it (len(edges) - 1,)."""
+    counts = np.zeros(len(edges) - 1)
+    for chunk in (
+        values.detach().flatten().split(2**24)
+    ):  # float64 copies of 10**9 values would fill a laptop
+        counts += np.histogram(chunk.double().cpu().numpy(), edges)[0]
+    density = counts / (values.numel() * np.diff(edges))
+    ax.stairs(density, edges, label=label, **{"linewidth": 2} | style)
+    return density
+
+
+def show_attention(
+    ax: Axes, image: Image, weights: Tensor, token: int | None = None, title: str = ""
+) -> None:
+    """Draw attention weights (N,), N a square, over a picture; mark the patch ``token`` that looks."""
+    side = int(round(weights.numel() ** 0.5))
+    if side * side != weights.numel():
+        raise ValueError(
+            f"weights has {weights.numel()} entries; it must be a square number of patches"
+        )
+    width, height = image.size
+    ax.imshow(image.convert("L"), cmap="gray", extent=(0, width, height, 0))
+    grid = weights.detach().float().cpu().reshape(side, side)
+    ax.imshow(
+        grid, cmap="viridis", alpha=0.65, extent=(0, width, height, 0), interpolation="nearest"
+    )
+    if token is not None:
+        row, column = divmod(token, side)
+        ax.plot(
+            (column + 0.5) * width / side,
+            (row + 0.5) * height / side,
+            "s",
+            color=COLOURS[1],
+            markersize=7,
+        )
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.grid(False)
