@@ -1,1 +1,55 @@
-"""How nbval's failures read: the first wrong cell of a notebook fails, and the cells after it say so."""
+"""Make nbval fail once and clearly. The notebooks also pass without this file (--noconftest)."""
+
+import queue
+import time
+
+import pytest
+
+try:
+    from nbval.kernel import RunningKernel
+    from nbval.plugin import IPyNbCell, NbCellError
+except ImportError:  # the unit tests need no nbval
+    IPyNbCell = ()
+else:
+
+    def _await_reply(self: RunningKernel, msg_id: str, timeout: float | None = None) -> None:
+        """nbval's own, but a kernel that died is noticed within a second, not at the cell's timeout."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while end is None or time.monotonic() < end:
+            try:
+                message = self.get_message(stream="shell", timeout=1)
+            except queue.Empty:
+                if not self.is_alive():
+                    raise RuntimeError("the kernel died; was its memory enough?") from None
+                continue
+            if message["parent_header"].get("msg_id") == msg_id:
+                return
+        raise queue.Empty
+
+    RunningKernel.await_reply = _await_reply
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Don't run what follows a cell that broke: it would only fail for want of that cell's names."""
+    if isinstance(item, IPyNbCell) and hasattr(item.parent, "broken_by"):
+        pytest.skip(f"{item.parent.broken_by} of this notebook did not finish")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Remember a cell that raised, died or ran out of time; fail one that swallowed its timeout."""
+    if not isinstance(item, IPyNbCell):
+        return (yield)
+    try:
+        result = yield
+    except NbCellError as error:
+        if "outputs differ" not in str(error):
+            item.parent.broken_by = item.name
+        raise
+    except BaseException:
+        item.parent.broken_by = item.name
+        raise
+    if item.parent.timed_out:
+        item.parent.broken_by = item.name
+        item.raise_cell_error("the cell swallowed the interrupt that its timeout sent")
+    return result

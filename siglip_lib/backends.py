@@ -38,6 +38,7 @@ class _Case:
     head_dim: int
     dropout: float
     deterministic: bool
+    tokens: int
 
 
 def attention_backends(
@@ -46,6 +47,8 @@ def attention_backends(
     head_dim: int,
     dropout: float = 0.0,
     deterministic: bool = False,
+    *,
+    tokens: int = 16,
 ) -> dict[str, BackendStatus]:
     """Tell which attention backends can run, in the order in which ``backend="auto"`` prefers them.
 
@@ -57,6 +60,7 @@ def attention_backends(
         head_dim: channels of a head.
         dropout: dropout of attention weights, in [0, 1).
         deterministic: whether every run must give the same bits, backward pass included.
+        tokens: number of keys; cuDNN refuses a single one, more make no difference.
 
     Returns:
         A status for each of ``cudnn``, ``flash_attn``, ``xformers``, ``sdpa`` and ``eager``.
@@ -68,7 +72,10 @@ def attention_backends(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    case = _Case(device, dtype, head_dim, 0.1 if dropout else 0.0, deterministic)
+    positive_int("tokens", tokens)
+    case = _Case(
+        device, dtype, head_dim, 0.1 if dropout else 0.0, deterministic, 1 if tokens == 1 else 16
+    )
     return {name: _status(name, case) for name in _BACKENDS}
 
 
@@ -120,7 +127,13 @@ def attend(
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be the same"
         )
     name = choose_backend(
-        backend, q.device, q.dtype, q.shape[-1], probability("dropout", dropout), deterministic
+        backend,
+        q.device,
+        q.dtype,
+        q.shape[-1],
+        probability("dropout", dropout),
+        deterministic,
+        tokens=1 if k.shape[1] == 1 else 16,
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
@@ -133,10 +146,12 @@ def choose_backend(
     head_dim: int,
     dropout: float = 0.0,
     deterministic: bool = False,
+    *,
+    tokens: int = 16,
 ) -> str:
     """Return the name of the backend that will run; a forced one that cannot is a ValueError that says why."""
     check_backend_name(backend)
-    found = attention_backends(device, dtype, head_dim, dropout, deterministic)
+    found = attention_backends(device, dtype, head_dim, dropout, deterministic, tokens=tokens)
     if backend == "auto":
         # eager runs everywhere, so there is always a first
         return next(status.name for status in found.values() if status.usable)
@@ -308,13 +323,27 @@ def _status(name: str, case: _Case) -> BackendStatus:
         return BackendStatus(name, False, "", reason)
     if case.device.type == "meta":
         return BackendStatus(name, True, "", "")
-    try:
-        operator = _try(backend, case)
-    except (
-        Exception
-    ) as error:  # whatever a library raises for a case that it does not offer is its reason
-        return BackendStatus(name, False, "", str(error).strip().split("\n")[0])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")  # torch tells in warnings why it turns a kernel down
+        try:
+            operator = _try(backend, case)
+        except Exception as error:  # whatever a library raises for a case is its reason
+            return BackendStatus(
+                name, False, "", _shortest_reason(error, [str(w.message) for w in said])
+            )
     return BackendStatus(name, True, operator, "")
+
+
+def _shortest_reason(error: Exception, said: list[str]) -> str:
+    """The line that says why, out of what a library printed about every kernel it looked at."""
+    said = [line.partition(" (Triggered internally")[0] for line in said]
+    if "cuDNN attention kernel not used because:" in said:
+        return said[said.index("cuDNN attention kernel not used because:") + 1]
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    because = [i for i, line in enumerate(lines[:-1]) if line.endswith("is not supported because:")]
+    if because:  # xformers: a paragraph for each operator; the last one is its own
+        return f"{lines[because[-1]].strip('`').split('`')[0]}: {lines[because[-1] + 1]}"
+    return lines[0] if lines else type(error).__name__
 
 
 def _try(backend: _Backend, case: _Case) -> str:
@@ -326,13 +355,16 @@ def _try(backend: _Backend, case: _Case) -> str:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(case.device.type, enabled=False),
-        warnings.catch_warnings(),
     ):
-        warnings.simplefilter(
-            "ignore"
-        )  # torch warns of each kernel that it turns down; the error says it all
         qkv = torch.ones(
-            1, 16, 3, 1, case.head_dim, dtype=case.dtype, device=case.device, requires_grad=grad
+            1,
+            case.tokens,
+            3,
+            1,
+            case.head_dim,
+            dtype=case.dtype,
+            device=case.device,
+            requires_grad=grad,
         )
         q, k, v = qkv.unbind(2)
         backend.run(q, k, v, case.dropout, 1.0, case.deterministic).sum().backward()

@@ -1,7 +1,7 @@
 """timm as an oracle: the library whose components the notebooks and tests compare with their own."""
 
-import importlib.util
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
 

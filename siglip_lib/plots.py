@@ -92,7 +92,7 @@ def show_attention(
     ax: Axes, image: Image, weights: Tensor, token: int | None = None, title: str = ""
 ) -> None:
     """Draw attention weights (N,), N a square, over a picture; mark the patch ``token`` that looks."""
-    side = int(round(weights.numel() ** 0.5))
+    side = round(weights.numel() ** 0.5)
     if side * side != weights.numel():
         raise ValueError(
             f"weights has {weights.numel()} entries; it must be a square number of patches"

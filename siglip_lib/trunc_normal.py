@@ -1,5 +1,6 @@
 """Truncated-normal sampling by the inverse CDF, right on every device and in every float dtype."""
 
+import functools
 import math
 
 import torch
@@ -9,6 +10,7 @@ from siglip_lib.checks import finite, number
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SQRT2 = math.sqrt(2.0)
+_FAR = 10.0  # sigma; beyond, float32 can hold the tail's mass but not a small share of it
 
 
 @torch.no_grad()
@@ -61,55 +63,72 @@ def trunc_normal_(
     if tensor.is_meta or tensor.numel() == 0:
         return tensor
 
-    # Half precision would put the draws on a grid of a few hundred values: compute in float32, cast, then clamp.
-    work = (
-        tensor
-        if tensor.dtype in (torch.float32, torch.float64)
-        else torch.empty_like(tensor, dtype=torch.float32)
-    )
+    # Half precision would put the draws on a grid of a few hundred values: compute in float32, then
+    # cast, then clamp.
+    wide = tensor.dtype in (torch.float32, torch.float64)
+    work = tensor if wide else torch.empty_like(tensor, dtype=torch.float32)
     alpha, beta = (a - mean) / std, (b - mean) / std
     if alpha >= 1:
-        _draw_tail_(work, alpha, beta, generator)
+        sigmas = _draw_tail_(work, alpha, beta, generator)
     elif beta <= -1:
-        _draw_tail_(work, -beta, -alpha, generator)
-        std = -std
+        sigmas = -_draw_tail_(work, -beta, -alpha, generator)
     else:
-        _draw_centre_(work, alpha, beta, generator)
-        std *= _SQRT2
-    work.mul_(std).add_(mean)
-    if work is not tensor:
-        tensor.copy_(work)
+        sigmas = _draw_centre_(work, alpha, beta, generator)
+    # mean + factor * work and the cast, in one pass
+    torch.add(torch.tensor(mean, dtype=work.dtype), work, alpha=std * sigmas, out=tensor)
     return tensor.clamp_(low, high)
 
 
 def _draw_centre_(
     work: Tensor, alpha: float, beta: float, generator: torch.Generator | None
-) -> None:
-    """Standard normal / sqrt(2) on [alpha, beta], an interval that reaches to within 1 of zero."""
-    # erf^-1 of exactly -1 is -inf, and the uniform grid holds -1: one float32 draw in 2**24 would land on the bound.
+) -> float:
+    """Draw on an interval that reaches to within 1 of zero; return what to multiply ``work`` by."""
+    # erf^-1 of exactly -1 is -inf, and the uniform grid holds -1: one float32 draw in 2**24 would
+    # land on the bound. Stay half a step off both ends.
     edge = 1 - torch.finfo(work.dtype).eps / 2
-    low, high = max(math.erf(alpha / _SQRT2), -edge), min(math.erf(beta / _SQRT2), edge)
+    low = max(math.erf(alpha / _SQRT2), -edge)
+    high = min(math.erf(beta / _SQRT2), edge)
     work.uniform_(low, high, generator=generator).erfinv_()
+    return _SQRT2
 
 
-def _draw_tail_(work: Tensor, alpha: float, beta: float, generator: torch.Generator | None) -> None:
-    """Standard normal on [alpha, beta], alpha >= 1, for tails so thin that a CDF in float32 cannot tell them apart.
+def _draw_tail_(
+    work: Tensor, alpha: float, beta: float, generator: torch.Generator | None
+) -> float:
+    """Draw on [alpha, beta], alpha >= 1; return what to multiply ``work`` by.
 
-    With Q the upper tail and x = alpha + d, solves log(Q(x)/Q(alpha)) = log(w) for d by Newton's method. Q is written
-    with erfcx, which removes exp(-x**2/2) from it, so nothing underflows and nothing cancels.
+    The share above x, Q(x), is a small number, and small numbers have all their digits.
+    """
+    if alpha >= _FAR:
+        return _draw_far_tail_(work, alpha, beta, generator)
+    above_alpha, above_beta = (math.erfc(x / _SQRT2) / 2 for x in (alpha, beta))
+    half_step = above_alpha * torch.finfo(work.dtype).eps / 4
+    work.uniform_(max(above_beta, half_step), above_alpha, generator=generator)
+    torch.special.ndtri(work, out=work)
+    return -1.0
+
+
+def _draw_far_tail_(
+    work: Tensor, alpha: float, beta: float, generator: torch.Generator | None
+) -> float:
+    """Draw on [alpha, beta] where Q itself underflows; return what to multiply ``work`` by.
+
+    With x = alpha + d, solves log(Q(x)/Q(alpha)) = log(w) for d by Newton's method. Q is written
+    with erfcx, which takes exp(-x**2/2) out of it, so nothing underflows and nothing cancels.
     """
     d = work.uniform_(generator=generator)
-    span = beta - alpha
     cut = 1.0  # the share of the tail's mass that lies below beta
-    if math.isfinite(span):
-        cut = -torch.expm1(_log_tail_ratio(torch.tensor(span, dtype=torch.float64), alpha)).item()
+    if math.isfinite(beta):
+        span = torch.tensor(beta - alpha, dtype=torch.float64)
+        cut = -torch.expm1(_log_tail_ratio(span, alpha)).item()
     # uniform_ draws from [0, 1), so 1 - cut * u is never 0; log1p keeps the small steps near 1
     log_w = torch.log1p(d * -cut)
     d.copy_(-2 * log_w / (alpha + torch.sqrt(alpha * alpha - 2 * log_w)))
-    for _ in range(4):
+    for _ in range(3):
         mills = math.sqrt(math.pi / 2) * torch.special.erfcx((alpha + d) / _SQRT2)
-        d.add_((_log_tail_ratio(d, alpha) - log_w) * mills).clamp_(min=0)
+        d.add_((_log_tail_ratio(d, alpha) - log_w) * mills)
     d.add_(alpha)
+    return 1.0
 
 
 def _log_tail_ratio(d: Tensor, alpha: float) -> Tensor:
@@ -118,6 +137,7 @@ def _log_tail_ratio(d: Tensor, alpha: float) -> Tensor:
     return torch.log(torch.special.erfcx((alpha + d) / _SQRT2) / at_alpha) - d * (alpha + d / 2)
 
 
+@functools.cache
 def _inner_bounds(a: float, b: float, dtype: torch.dtype) -> tuple[float, float]:
     """The smallest and largest number of ``dtype`` in [a, b]: rounding to nearest may step over a bound."""
     info = torch.finfo(dtype)

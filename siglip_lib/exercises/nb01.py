@@ -45,7 +45,7 @@ def largest_inside(answer) -> str | None:
             if found != torch.tensor(found, dtype=torch.float64).to(dtype).item():
                 return f"largest_inside({bound:.4g}, {name}) = {found!r} is no {name} number"
             if found > bound:
-                return f"largest_inside({bound:.4g}, {name}) = {found!r} lies above the bound: the cast rounds to nearest"
+                return f"largest_inside({bound:.4g}, {name}) = {found!r} lies above it: a cast rounds to nearest"
             step_up = torch.nextafter(
                 torch.tensor(found, dtype=dtype), torch.tensor(math.inf, dtype=dtype)
             ).item()

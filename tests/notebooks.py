@@ -1,0 +1,57 @@
+"""The notebooks as data, for the tests that read them."""
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).parent.parent
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def setup_source(notebook: nbformat.NotebookNode) -> str:
+    """The imports of the one setup cell, without what it prints."""
+    tree = ast.parse(code_cells(notebook)[0].source)
+    tree.body = [node for node in tree.body if not isinstance(node, ast.Expr)]
+    return ast.unparse(tree)
+
+
+def definitions(notebook: nbformat.NotebookNode) -> str:
+    """The source of every class and function that the notebook's cells define, in their order."""
+    found = []
+    for cell in code_cells(notebook):
+        for node in ast.parse(cell.source).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                found.append(ast.unparse(node))
+    return "\n\n".join(found)
+
+
+@dataclass(frozen=True)
+class Exercise:
+    number: str
+    answer: str  # the name that the reader gives a value
+    solution: str  # the code folded below it
+
+
+def exercises(notebook: nbformat.NotebookNode) -> list[Exercise]:
+    """The exercises: each a code cell that ends in a check, then a folded solution."""
+    found = []
+    for index, cell in enumerate(notebook.cells):
+        match = re.search(r'check_exercise\("(\d\d\.\d)", (\w+)\)', cell.source)
+        if cell.cell_type != "code" or not match:
+            continue
+        below = notebook.cells[index + 1].source
+        code = re.search(r"<details>.*```python\n(.*?)```.*</details>", below, re.DOTALL)
+        assert code, f"exercise {match[1]} has no folded solution below it"
+        found.append(Exercise(match[1], match[2], code[1]))
+    return found
