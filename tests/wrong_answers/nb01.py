@@ -5,7 +5,7 @@ WRONG = {
         "def beyond(z): return math.erfc(z / math.sqrt(2)) / 2": "one side only",
         "def beyond(z): return math.erf(z / math.sqrt(2))": "within z",
         "def beyond(z): return 1 - math.erf(z / math.sqrt(2))": "a difference of two numbers near 1",
-        "def beyond(z): return math.erfc(z)": "31.73 %",
+        "def beyond(z): return math.erfc(z)": "z / sqrt(2)",
         "def beyond(z): return undefined": "NameError",
     },
     "01.2": {
@@ -15,18 +15,20 @@ def truncated_std(c):
     return 1 - 2 * c * density / math.erf(c / math.sqrt(2))
 """: "that is the variance",
         "def truncated_std(c): return 1.0": "smaller than 1",
-        "def truncated_std(c): return 0.8796": "a million draws",
+        "def truncated_std(c): return 1.1368471": "its inverse",
+        "def truncated_std(c): return 0.8796257": "truncated_std(1)",
     },
     "01.3": {
         """
-def largest_inside(bound, dtype):
-    return torch.tensor(bound).to(dtype).item()
-""": "rounds to nearest",
+def count_values(a, b):
+    low, high = (torch.tensor(x).bfloat16().view(torch.int16).item() for x in (a, b))
+    return high - low
+""": "both ends count",
         """
-def largest_inside(bound, dtype):
-    x = torch.tensor(bound, dtype=torch.float64).to(dtype)
-    return torch.nextafter(x, torch.tensor(-math.inf, dtype=dtype)).item()
-""": "not the largest",
-        "def largest_inside(bound, dtype): return bound": "is no bfloat16 number",
+def count_values(a, b):
+    low, high = (torch.tensor(x).bfloat16().view(torch.int16).item() for x in (a, b))
+    return high - low + 1
+""": "rounded inwards",
+        "def count_values(a, b): return 256": "but must be",
     },
 }

@@ -1,0 +1,62 @@
+"""environment.yml, pyproject.toml and constraints.txt describe one and the same set of packages."""
+
+import re
+import tomllib
+
+import pytest
+import yaml
+from notebooks import ROOT
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+CONDA = {
+    match[1]: match[2].replace("=", "==") if match[2].startswith("=") else match[2]
+    for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    if isinstance(entry, str) and (match := re.fullmatch(r"([\w-]+) ?(.*)", entry))
+}
+# what conda-forge calls otherwise, and what its packages bring along
+CONDA_NAMES = {"torch": "pytorch-gpu", "matplotlib": "matplotlib-base"}
+CONDA_HAS_ITS_OWN = {"nvidia-cuda-runtime-cu12"}
+
+REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"] + sum(EXTRAS.values(), [])]
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_environment_holds_every_requirement(requirement):
+    if requirement.name in CONDA_HAS_ITS_OWN:
+        pytest.skip("conda-forge's xformers brings its CUDA runtime")
+    name = CONDA_NAMES.get(requirement.name, requirement.name)
+    assert name in CONDA, f"environment.yml lacks {name}"
+    lowest = re.search(r"(?:>=|==)([\d.]+)", CONDA[name])
+    if requirement.specifier:
+        assert lowest, f"environment.yml sets no version of {name}"
+        assert requirement.specifier.contains(lowest[1]), f"{name} {lowest[1]} is outside {requirement}"
+
+
+def test_environment_holds_nothing_else():
+    known = {CONDA_NAMES.get(r.name, r.name) for r in REQUIREMENTS}
+    # flash-attn is no extra: pip would build it for most of an hour
+    assert set(CONDA) - known == {"python", "cuda-version", "flash-attn", "pip"}
+
+
+def test_environment_python_is_one_the_package_allows():
+    version = CONDA["python"].removeprefix("==")
+    assert SpecifierSet(PROJECT["requires-python"]).contains(version)
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_constraints_pin_every_requirement(requirement):
+    assert requirement.name in PINS, f"constraints.txt has no pin of {requirement.name}"
+    assert requirement.specifier.contains(PINS[requirement.name])
+
+
+def test_the_tested_set():
+    assert PINS["torch"] == "2.13.0"
+    assert PINS["nbval"] == "0.11.0"
