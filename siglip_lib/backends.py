@@ -337,8 +337,9 @@ def _status(name: str, case: _Case) -> BackendStatus:
 def _shortest_reason(error: Exception, said: list[str]) -> str:
     """The line that says why, out of what a library printed about every kernel it looked at."""
     said = [line.partition(" (Triggered internally")[0] for line in said]
-    if "cuDNN attention kernel not used because:" in said:
-        return said[said.index("cuDNN attention kernel not used because:") + 1]
+    cudnn = "cuDNN attention kernel not used because:"
+    if cudnn in said[:-1]:
+        return said[said.index(cudnn) + 1]
     lines = [line.strip() for line in str(error).strip().splitlines()]
     because = [i for i, line in enumerate(lines[:-1]) if line.endswith("is not supported because:")]
     if because:  # xformers: a paragraph for each operator; the last one is its own

@@ -5,9 +5,9 @@ its outputs and only the figures of this machine's kind are replaced: that is ho
 """
 
 import argparse
-import json
 import os
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -16,14 +16,9 @@ import torch
 from nbclient import NotebookClient
 from tqdm import tqdm
 
+README = Path(__file__).parent.parent / "README.md"
 HEAD = re.compile(r"\*\*Measured:\*\*.*")
-ASK = """
-import json as _json, resource as _resource, torch as _torch
-print(_json.dumps({
-    "resident": _resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss * 1024,
-    "gpu": _torch.cuda.memory_reserved() if _torch.cuda.is_available() else 0,
-}))
-"""
+ASK = "import resource as _r; print(_r.getrusage(_r.RUSAGE_SELF).ru_maxrss)"
 
 
 def main() -> None:
@@ -47,6 +42,7 @@ def main() -> None:
         temporary = path.with_suffix(".tmp")
         nbformat.write(result, temporary)
         os.replace(temporary, path)  # an interrupted run leaves the old file whole
+        write_row(path.name, result.metadata["measured"])
 
 
 def execute(path: Path) -> tuple[nbformat.NotebookNode, dict[str, float]]:
@@ -57,21 +53,43 @@ def execute(path: Path) -> tuple[nbformat.NotebookNode, dict[str, float]]:
     client = NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     )
+    asked = nbformat.v4.new_code_cell(ASK)
     start = time.perf_counter()
-    with client.setup_kernel():
+    with client.setup_kernel(), LeastFreeGPUMemory() as gpu:
         for index, cell in enumerate(notebook.cells):
             client.execute_cell(cell, index, execution_count=None)
         seconds = time.perf_counter() - start
-        asked = nbformat.v4.new_code_cell(ASK)
         notebook.cells.append(asked)
         client.execute_cell(asked, len(notebook.cells) - 1)
         notebook.cells.pop()
-    used = json.loads(asked.outputs[0]["text"])
+    memory = gpu.used or int(asked.outputs[0]["text"]) * 1024
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of the run, which no reader looks at
     notebook.metadata["language_info"] = {"name": "python"}
-    memory = used["gpu"] or used["resident"]
     return notebook, {"seconds": round(seconds), "gib": round(memory / 2**30, 1)}
+
+
+class LeastFreeGPUMemory:
+    """While entered, watch the GPU's free memory; ``used`` is how much less it became, in bytes."""
+
+    used = 0
+
+    def __enter__(self) -> "LeastFreeGPUMemory":
+        self.stop = threading.Event()
+        self.watcher = threading.Thread(target=self._watch)
+        if torch.cuda.is_available():
+            self.at_start = torch.cuda.mem_get_info()[0]
+            self.watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.stop.wait(0.02):
+            self.used = max(self.used, self.at_start - torch.cuda.mem_get_info()[0])
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        if self.watcher.is_alive():
+            self.watcher.join()
 
 
 def write_head(notebook: nbformat.NotebookNode) -> None:
@@ -86,6 +104,19 @@ def write_head(notebook: nbformat.NotebookNode) -> None:
     if not HEAD.search(head.source):
         raise SystemExit("the first cell has no line that starts with **Measured:**")
     head.source = HEAD.sub("**Measured:** " + "; ".join(parts) + ".", head.source)
+
+
+def write_row(name: str, measured: dict[str, dict[str, float]]) -> None:
+    """Put the measured figures into the notebook's row of the README's table."""
+    lines = README.read_text().splitlines(keepends=True)
+    for index, line in enumerate(lines):
+        if f"(notebooks/{name})" in line:
+            cells = line.split(" | ")
+            for column, kind in ((-3, "cpu"), (-2, "gpu")):
+                if figures := measured.get(kind):
+                    cells[column] = f"{figures['seconds']} s, {figures['gib']} GiB"
+            lines[index] = " | ".join(cells)
+    README.write_text("".join(lines))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 import yaml
-from notebooks import ROOT
+from notebook_files import ROOT
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -20,7 +20,9 @@ CONDA = {
 CONDA_NAMES = {"torch": "pytorch-gpu", "matplotlib": "matplotlib-base"}
 CONDA_BRINGS = {"nvidia-cuda-runtime-cu12"}
 
-REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"] + sum(EXTRAS.values(), [])]
+REQUIREMENTS = [
+    Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.values()) for line in lines
+]
 PINS = dict(
     line.split("==")
     for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -37,7 +39,9 @@ def test_environment_holds_every_requirement(requirement):
     lowest = re.search(r"(?:>=|==)([\d.]+)", CONDA[name])
     if requirement.specifier:
         assert lowest, f"environment.yml sets no version of {name}"
-        assert requirement.specifier.contains(lowest[1]), f"{name} {lowest[1]} is outside {requirement}"
+        assert requirement.specifier.contains(lowest[1]), (
+            f"{name} {lowest[1]} is outside {requirement}"
+        )
 
 
 def test_environment_holds_nothing_else():

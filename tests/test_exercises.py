@@ -3,7 +3,7 @@
 import importlib
 
 import pytest
-from notebooks import PATHS, Exercise, exercises, read, setup_source
+from notebook_files import PATHS, Exercise, exercises, read, setup_source
 
 from siglip_lib.exercises import grade
 
@@ -43,5 +43,7 @@ def test_wrong_answers_are_refused_with_a_reason(notebook, exercise):
 
 @pytest.mark.parametrize(("notebook", "exercise"), CASES)
 def test_an_untouched_cell_says_so(notebook, exercise):
-    untouched = next(c.source for c in notebook.cells if f'check_exercise("{exercise.number}"' in c.source)
+    untouched = next(
+        c.source for c in notebook.cells if f'check_exercise("{exercise.number}"' in c.source
+    )
     assert answer(notebook, exercise, untouched) == "not answered yet"

@@ -26,14 +26,16 @@ def setup_source(notebook: nbformat.NotebookNode) -> str:
     return ast.unparse(tree)
 
 
-def definitions(notebook: nbformat.NotebookNode) -> str:
-    """The source of every class and function that the notebook's cells define, in their order."""
-    found = []
+def definitions(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """The source of each class, function and plain assignment at the top level, by its name."""
+    found = {}
     for cell in code_cells(notebook):
         for node in ast.parse(cell.source).body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                found.append(ast.unparse(node))
-    return "\n\n".join(found)
+                found[node.name] = ast.unparse(node)
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found[node.targets[0].id] = ast.unparse(node)
+    return found
 
 
 @dataclass(frozen=True)

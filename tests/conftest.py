@@ -1,0 +1,28 @@
+"""Shared by the tests: importable oracles, quick and repeatable hypothesis, a device."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+from siglip_lib.oracles import declare_torchvision_operators
+
+declare_torchvision_operators()  # else timm and transformers fail to import beside a CPU-only torch
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("quick")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def gpu(device) -> torch.device:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA GPU")
+    return device
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,348 @@
+"""attend against a float64 einsum, and what attention_backends says of who can run."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siglip_lib import BackendStatus, attend, attention_backends, backends, choose_backend
+
+NAMES = ("cudnn", "flash_attn", "xformers", "sdpa", "eager")
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _forget_statuses():
+    backends._status.cache_clear()
+    yield
+    backends._status.cache_clear()
+
+
+@pytest.fixture
+def broken_cudnn(monkeypatch):
+    """A backend that nothing speaks against until it is tried."""
+
+    def run(*_):
+        raise RuntimeError("\nno kernel image\nand much else")
+
+    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+
+
+def reference(q, k, v, scale):
+    """Softmax attention in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    weights = (torch.einsum("bihd,bjhd->bhij", q, k) * scale).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+def heads(layout, batch, tokens, keys, n_heads, head_dim, dtype, device="cpu"):
+    """Random q, k and v (B, N, heads, head_dim) that lie in memory as ``layout`` says."""
+    if layout == "packed":
+        packed = torch.randn(batch, tokens, 3, n_heads, head_dim, device=device).to(dtype)
+        return packed.unbind(2)
+    if layout == "heads first":
+        shapes = [(batch, n_heads, n, head_dim) for n in (tokens, keys, keys)]
+        return tuple(torch.randn(s, device=device).to(dtype).transpose(1, 2) for s in shapes)
+    shapes = [(batch, 2 * n, n_heads, head_dim) for n in (tokens, keys, keys)]
+    return tuple(torch.randn(s, device=device).to(dtype)[:, ::2] for s in shapes)
+
+
+def tolerance(dtype):
+    return 20 * torch.finfo(dtype).eps
+
+
+def usable(device, dtype, head_dim, **options):
+    found = attention_backends(device, dtype, head_dim, **options)
+    return [name for name, status in found.items() if status.usable]
+
+
+@given(
+    layout=st.sampled_from(["packed", "heads first", "every other token"]),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 9),
+    keys=st.integers(1, 9),
+    n_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 3, 8, 16, 72]),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.none() | st.sampled_from([1.0, 0.3]),
+)
+def test_usable_backends_agree_with_float64(
+    layout, batch, tokens, keys, n_heads, head_dim, dtype, scale
+):
+    q, k, v = heads(layout, batch, tokens, keys, n_heads, head_dim, dtype)
+    expected = reference(q, k, v, head_dim**-0.5 if scale is None else scale)
+    for name in ("auto", *usable("cpu", dtype, head_dim)):
+        out = attend(q, k, v, backend=name, scale=scale)
+        assert out.dtype == dtype
+        torch.testing.assert_close(
+            out.double(), expected, rtol=0, atol=tolerance(dtype) * v.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("layout", ["packed", "heads first", "every other token"])
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gpu_backends_agree_with_float64(dtype, head_dim, layout, gpu):
+    inputs = heads(layout, 2, 37, 37, 3, head_dim, dtype, gpu)
+    expected = [x.double().detach().requires_grad_() for x in inputs]
+    out = reference(*expected, head_dim**-0.5)
+    out.square().sum().backward()
+    for name in usable(gpu, dtype, head_dim):
+        found = [x.detach().requires_grad_() for x in inputs]
+        attended = attend(*found, backend=name)
+        attended.square().sum().backward()
+        pairs = zip(
+            (attended, *(x.grad for x in found)), (out, *(x.grad for x in expected)), strict=True
+        )
+        for ours, theirs in pairs:
+            limit = 2 * tolerance(dtype) * theirs.abs().max().item()
+            torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=limit, msg=name)
+
+
+def test_gpu_has_cudnn_and_what_is_installed(gpu):
+    found = attention_backends(gpu, torch.bfloat16, 72)
+    assert found["cudnn"].usable, found["cudnn"].reason
+    assert found["cudnn"].operator.startswith("cuDNN ")
+    for name in ("flash_attn", "xformers"):
+        installed = importlib.util.find_spec(name) is not None
+        assert found[name].usable == installed, found[name].reason
+        assert bool(found[name].operator) == installed
+    assert usable(gpu, torch.float32, 72)[-2:] == ["sdpa", "eager"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_token_on_a_gpu(name, gpu):
+    q, k, v = heads("packed", 2, 1, 1, 3, 64, torch.bfloat16, gpu)
+    status = attention_backends(gpu, torch.bfloat16, 64, tokens=1)[name]
+    if status.usable:
+        torch.testing.assert_close(attend(q, k, v, backend=name), v)
+    else:
+        with pytest.raises(ValueError, match=f"backend='{name}' cannot run here"):
+            attend(q, k, v, backend=name)
+
+
+def test_one_token_is_its_own_value(device):
+    q, k, v = heads("packed", 2, 1, 1, 3, 8, torch.float32, device)
+    torch.testing.assert_close(attend(q, k, v), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.6])
+def test_dropout_drops_at_its_rate_and_rescales(p, dtype, device):
+    # equal weights over N ones: the mean of what is kept, times 1 / (1 - p)
+    n = 512
+    q, v = (
+        torch.zeros(2, n, 1, 64, dtype=dtype, device=device),
+        torch.ones(2, n, 1, 64, dtype=dtype, device=device),
+    )
+    for name in usable(device, dtype, 64, dropout=p):
+        sums = attend(q, q, v, backend=name, dropout=p)[..., 0].double()
+        assert sums.mean().item() == pytest.approx(1, abs=0.01), name
+        assert sums.std().item() == pytest.approx(math.sqrt(p / (1 - p) / n), rel=0.15), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_deterministic_backends_repeat_every_bit(dropout, device):
+    def gradients(name, dtype):
+        torch.manual_seed(1)
+        packed = torch.randn(2, 99, 3, 2, 64, device=device).to(dtype).requires_grad_()
+        attend(
+            *packed.unbind(2), backend=name, deterministic=True, dropout=dropout
+        ).square().sum().backward()
+        return packed.grad
+
+    for dtype in (torch.bfloat16, torch.float32):
+        names = usable(device, dtype, 64, dropout=dropout, deterministic=True)
+        assert "eager" in names
+        for name in names:
+            first = gradients(name, dtype)
+            assert all(torch.equal(gradients(name, dtype), first) for _ in range(2)), name
+
+
+def test_statuses_on_a_cpu():
+    found = attention_backends("cpu", torch.float32, 64)
+    assert tuple(found) == NAMES
+    assert found["cudnn"] == BackendStatus("cudnn", False, "", "needs a CUDA device, not cpu")
+    assert found["eager"] == BackendStatus("eager", True, "matmul, softmax, matmul", "")
+    assert found["sdpa"].usable
+    assert found["sdpa"].operator.startswith("torch ")
+    assert usable("cpu", torch.float16, 72, dropout=0.1, deterministic=True) == ["sdpa", "eager"]
+
+
+def test_statuses_on_the_meta_device():
+    assert usable("meta", torch.bfloat16, 64) == ["sdpa", "eager"]
+    out = attend(*torch.empty(1, 5, 3, 2, 8, device="meta").unbind(2))
+    assert out.shape == (1, 5, 2, 8)
+    assert out.is_meta
+
+
+def test_a_package_that_is_missing_or_there(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = attention_backends("cpu", torch.bfloat16, 64)
+    assert found["flash_attn"].reason == "the package flash-attn is not installed"
+    assert found["xformers"].reason == "the package xformers is not installed"
+    backends._status.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    found = attention_backends("cpu", torch.bfloat16, 64)
+    assert found["flash_attn"].reason == "needs a CUDA device, not cpu"
+    assert found["xformers"].reason == "needs a CUDA device, not cpu"
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Enough of a GPU, and of packages for it, to ask what speaks against them."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "head_dim", "deterministic", "reason"),
+    [
+        ("cudnn", torch.float32, 64, False, "needs float16 or bfloat16, not float32"),
+        ("cudnn", torch.float16, 64, True, "torch gives no way to ask cuDNN for a deterministic"),
+        ("flash_attn", torch.float32, 64, False, "needs float16 or bfloat16, not float32"),
+        ("flash_attn", torch.float16, 36, False, "a multiple of 8 up to 256, not 36"),
+        ("flash_attn", torch.float16, 264, False, "a multiple of 8 up to 256, not 264"),
+        ("xformers", torch.float16, 64, True, "it offers no deterministic backward pass"),
+        ("sdpa", torch.float32, 64, True, "its kernels add gradients in an order that varies"),
+    ],
+)
+def test_reasons_on_a_gpu(name, dtype, head_dim, deterministic, reason, pretended_gpu):
+    found = attention_backends(pretended_gpu, dtype, head_dim, deterministic=deterministic)
+    assert not found[name].usable
+    assert reason in found[name].reason
+    assert found[name].operator == ""
+
+
+def test_flash_attn_needs_ampere(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    found = attention_backends(pretended_gpu, torch.float16, 64)
+    assert "compute capability 8.0 (Ampere) or newer" in found["flash_attn"].reason
+
+
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = attention_backends("cuda", torch.bfloat16, 64)
+    assert found["cudnn"].reason == "needs a CUDA device, and torch sees none"
+
+
+def test_auto_passes_over_a_backend_that_fails_its_trial(broken_cudnn):
+    assert attention_backends("cpu", torch.float32, 8)["cudnn"].reason == "no kernel image"
+    assert choose_backend("auto", torch.device("cpu"), torch.float32, 8) == "sdpa"
+    q, k, v = heads("packed", 1, 4, 4, 1, 8, torch.float32)
+    torch.testing.assert_close(attend(q, k, v), attend(q, k, v, backend="eager"))
+
+
+def test_a_forced_backend_that_cannot_run_names_the_reason(broken_cudnn):
+    q, k, v = heads("packed", 1, 4, 4, 1, 8, torch.float32)
+    with pytest.raises(
+        ValueError,
+        match=r"backend='cudnn' cannot run here: no kernel image\. Usable: auto, sdpa, eager",
+    ):
+        attend(q, k, v, backend="cudnn")
+
+
+def test_forced_and_automatic_choice():
+    cpu = torch.device("cpu")
+    assert choose_backend("eager", cpu, torch.float32, 8) == "eager"
+    assert choose_backend("auto", cpu, torch.float32, 8, 0.1, True) == "sdpa"
+    with pytest.raises(ValueError, match="backend='cudnn' cannot run here: needs a CUDA device"):
+        choose_backend("cudnn", cpu, torch.float32, 8)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_says_so_when_none_can_run(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("sdpa", "eager"):
+        entry = backends._Backend(None, lambda case: "is switched off", None)
+        monkeypatch.setitem(backends._BACKENDS, name, entry)
+    with pytest.raises(ValueError, match="is switched off"):
+        choose_backend("auto", torch.device(device), torch.float32, 8)
+
+
+def test_integers_are_refused_with_a_reason():
+    q, k, v = torch.ones(1, 4, 3, 1, 8, dtype=torch.int64).unbind(2)
+    with pytest.raises((TypeError, ValueError), match="dtype"):
+        attend(q, k, v)
+
+
+def test_trials_leave_the_random_numbers_and_the_modes_alone():
+    before = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert usable("cpu", torch.float32, 24, dropout=0.1) == ["sdpa", "eager"]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_each_case_is_tried_once(monkeypatch):
+    tried = []
+    eager = backends._BACKENDS["eager"]
+    run = lambda *args: tried.append(args) or eager.run(*args)  # noqa: E731
+    monkeypatch.setitem(
+        backends._BACKENDS, "eager", backends._Backend(run, eager.why_not, eager.operator)
+    )
+    for dropout in (0.1, 0.2, 0.3):
+        attention_backends("cpu", torch.float32, 8, dropout)
+    assert len(tried) == 1
+
+
+X = torch.zeros(2, 5, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: attend(X[0], X, X),
+            ValueError,
+            "q, k, v have shapes (5, 3, 8), (2, 5, 3, 8), (2, 5, 3, 8); all must be (B, N",
+        ),
+        (lambda: attend(X, X[0], X[0]), ValueError, "all must be (B, N, heads, head_dim)"),
+        (lambda: attend(X, X, X[:, :4]), ValueError, "all must be (B, N, heads, head_dim)"),
+        (lambda: attend(X[:1], X, X), ValueError, "all must be (B, N, heads, head_dim)"),
+        (lambda: attend(X[:, :, :2], X, X), ValueError, "all must be (B, N, heads, head_dim)"),
+        (lambda: attend(X[..., :4], X, X), ValueError, "all must be (B, N, heads, head_dim)"),
+        (
+            lambda: attend(X.double(), X, X),
+            TypeError,
+            "q, k, v have dtypes torch.float64, torch.float32, torch.float32; they must",
+        ),
+        (lambda: attend(X, X, X.half()), TypeError, "they must be the same"),
+        (lambda: attend(X, X, X, dropout=1.0), ValueError, "dropout=1.0 must lie in [0, 1)"),
+        (
+            lambda: attend(X, X, X, backend="flash"),
+            ValueError,
+            "backend='flash' is unknown; allowed are auto, cudnn, flash_attn, xformers, sdpa, eager",
+        ),
+        (
+            lambda: attention_backends("cpu", "float32", 8),
+            TypeError,
+            "dtype='float32' must be a torch.dtype",
+        ),
+        (
+            lambda: attention_backends("cpu", torch.float32, 0),
+            ValueError,
+            "head_dim=0 must be at least 1",
+        ),
+        (
+            lambda: attention_backends("cpu", torch.float32, 8, -1),
+            ValueError,
+            "dropout=-1 must lie in [0, 1)",
+        ),
+        (
+            lambda: attention_backends("cpu", torch.float32, 8, tokens=0),
+            ValueError,
+            "tokens=0 must be at least 1",
+        ),
+    ],
+)
+def test_wrong_arguments(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert message in str(caught.value)

@@ -1,0 +1,129 @@
+"""The conventions of the notebooks: how they are built, what may be stored in them, and what they link to."""
+
+import ast
+import json
+import re
+import statistics
+import tomllib
+
+import pytest
+from notebook_files import PATHS, ROOT, code_cells, read
+
+TAGS = {"nbval-ignore-output"}
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+PRIVATE = re.compile(
+    r"/home/|/root/|/tmp/|/Users/|/opt/|/work/"  # paths of a machine
+    r"|\b\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b"  # addresses
+    r"|token=|hf_[A-Za-z0-9]{20}"  # secrets
+)
+
+notebooks = pytest.mark.parametrize(
+    ("path", "notebook"), [pytest.param(path, read(path), id=path.stem) for path in PATHS]
+)
+
+
+def outputs(notebook) -> list:
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def lines(cell) -> list[str]:
+    return [line for line in cell.source.splitlines() if line.strip()]
+
+
+def test_the_series_is_numbered_without_gaps():
+    assert [path.stem[:2] for path in PATHS] == [f"{i:02d}" for i in range(len(PATHS))]
+
+
+@notebooks
+def test_every_cell_was_run_once_from_top_to_bottom(path, notebook):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@notebooks
+def test_stored_outputs_hold_no_errors_and_nothing_private(path, notebook):
+    for output in outputs(notebook):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr", output["text"]
+        text = json.dumps({k: v for k, v in output.get("data", {}).items() if "image" not in k})
+        found = PRIVATE.search(text + output.get("text", ""))
+        assert not found, f"an output holds {found[0]!r}"
+    assert path.stat().st_size < 1_000_000
+
+
+@notebooks
+def test_stored_outputs_come_from_the_gpu_they_name(path, notebook):
+    assert "NVIDIA H200" in code_cells(notebook)[0].outputs[0]["text"]
+    assert set(notebook.metadata["measured"]) == {"cpu", "gpu"}
+
+
+@notebooks
+def test_tags_are_known_and_few(path, notebook):
+    cells = code_cells(notebook)
+    tags = [set(cell.metadata.get("tags", [])) for cell in cells]
+    assert set().union(*tags) <= TAGS
+    assert sum("nbval-ignore-output" in found for found in tags) <= len(cells) / 5
+    assert not any("NBVAL" in cell.source for cell in cells)
+
+
+@notebooks
+def test_code_cells_are_short(path, notebook):
+    sizes = [len(lines(cell)) for cell in code_cells(notebook)]
+    assert max(sizes) <= 40
+    assert statistics.median(sizes) <= 8
+
+
+@notebooks
+def test_no_cell_uses_what_nbval_cannot_compare(path, notebook):
+    for cell in code_cells(notebook):
+        assert not cell.source.rstrip().endswith(";")
+        assert not re.search(r"clear_output|\bOut\[|widgets\.Output|\binteract\(", cell.source)
+
+
+@notebooks
+def test_imports_stand_in_the_setup_cell(path, notebook):
+    for cell in code_cells(notebook)[1:]:
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                # what most machines lack is imported where it is used
+                assert re.search(r"import flash_attn|(from|import) xformers", ast.unparse(node))
+
+
+@notebooks
+def test_anatomy(path, notebook):
+    head, last = notebook.cells[0].source, notebook.cells[-1].source
+    assert head.startswith(f"# {path.stem[:2]} · ")
+    for part in ("You will be able to", "Needs:", "In the library:", "Measured:"):
+        assert part in head
+    assert f"{REPOSITORY.split('github.com/')[1]}/blob/main/notebooks/{path.name}" in head
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert "**Predict" in text
+    assert "## Exercises" in text
+    assert "## Summary" in last
+    assert "**References" in last
+    assert re.search(r"\| symbol \| meaning \| shape \|", text)
+
+
+@notebooks
+def test_pictures_have_alt_text(path, notebook):
+    pictures = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
+    assert pictures
+    for output in pictures:
+        assert output.metadata["image/png"]["alt"].strip()
+
+
+@notebooks
+def test_links_between_notebooks_lead_somewhere(path, notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for name in re.findall(r"\]\((\d\d_\w+\.ipynb)\)", text):
+        assert (path.parent / name).exists(), name
+
+
+def test_readme_has_a_row_for_each_notebook_with_its_measured_figures():
+    readme = (ROOT / "README.md").read_text()
+    for path in PATHS:
+        row = next(line for line in readme.splitlines() if f"(notebooks/{path.name})" in line)
+        measured = read(path).metadata["measured"]
+        for kind in ("cpu", "gpu"):
+            assert f"{measured[kind]['seconds']} s, {measured[kind]['gib']} GiB" in row
+        assert f"/blob/main/notebooks/{path.name}" in row

@@ -1,0 +1,65 @@
+"""measure and the reports on device and versions."""
+
+import importlib.metadata
+import time
+
+import pytest
+import torch
+
+from siglip_lib import device_report, measure, package_version, pick_device
+
+
+def test_times_are_in_order_and_in_milliseconds():
+    naps = iter([0, 0.002, 0.03, 0.008])
+    timing = measure(lambda: time.sleep(next(naps)), "cpu", repeats=3, warmup=1)
+    assert timing.fastest_ms <= timing.median_ms <= timing.slowest_ms
+    assert 2 <= timing.fastest_ms < 8 <= timing.median_ms < 30 <= timing.slowest_ms < 300
+    assert timing.peak_bytes is None
+
+
+@pytest.mark.parametrize(("repeats", "warmup"), [(1, 0), (4, 2)])
+def test_calls_as_often_as_asked(repeats, warmup):
+    calls = []
+    measure(lambda: calls.append(1), torch.device("cpu"), repeats=repeats, warmup=warmup)
+    assert len(calls) == repeats + warmup
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repeats": 0}, "repeats=0 must be at least 1, warmup=3 at least 0"),
+        ({"warmup": -1}, "repeats=20 must be at least 1, warmup=-1 at least 0"),
+        ({"graph": True}, "graph=True needs a CUDA device"),
+    ],
+)
+def test_wrong_arguments_are_told_before_any_call(options, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared below
+        measure(lambda: pytest.fail("was called"), "cpu", **options)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_on_a_gpu(graph, gpu):
+    x = torch.randn(1024, 1024, device=gpu)
+    timing = measure(lambda: x @ x, gpu, repeats=5, graph=graph)
+    assert 0 < timing.fastest_ms <= timing.median_ms <= timing.slowest_ms
+    assert x.nbytes <= timing.peak_bytes < 2**28
+
+
+def test_pick_device(device):
+    picked = pick_device()
+    assert picked.type == device.type
+    assert torch.empty(0, device=picked).device == picked
+
+
+def test_package_version():
+    assert package_version("torch") == importlib.metadata.version("torch")
+    assert package_version("no-such-package") is None
+
+
+def test_device_report_names_device_and_versions(device):
+    first, second = device_report(device).splitlines()
+    assert first.startswith("device: CPU" if device.type == "cpu" else "device: NVIDIA")
+    assert f"torch {torch.__version__}" in second
+    for package in ("flash-attn", "xformers", "triton"):
+        assert f"{package} {package_version(package) or 'absent'}" in second

@@ -1,0 +1,90 @@
+"""What a notebook builds as a component equals what the library ships: outputs, gradients, names."""
+
+import copy
+
+import pytest
+import torch
+from comparing import assert_close, outputs_and_gradients, randomized
+from notebook_files import PATHS, definitions, read, setup_source
+from torch import nn
+
+import siglip_lib
+
+BY_NUMBER = {path.stem[:2]: read(path) for path in PATHS}
+# notebook, the notebook's module, the library's, and arguments for both; each has 24 channels
+MODULES = [
+    ("03", "MyAttention", "Attention", {"dim": 24, "num_heads": 3, "qkv_bias": True}),
+    ("03", "MyAttention", "Attention", {"dim": 24, "num_heads": 3, "qk_norm": True}),
+    ("05", "MyLayerScale", "LayerScale", {"dim": 24, "init_values": 0.3}),
+    ("05", "MyDropPath", "DropPath", {"drop_prob": 0.4}),
+    ("05", "MyDropPath", "DropPath", {"drop_prob": 0.4, "scale_by_keep": False}),
+    ("06", "MyMlp", "Mlp", {"in_features": 24, "hidden_features": 40}),
+    ("06", "MyBlock", "Block", {"dim": 24, "num_heads": 3, "init_values": 0.3, "drop_path": 0.4}),
+    ("06", "MyBlock", "Block", {"dim": 24, "num_heads": 3, "qkv_bias": True, "qk_norm": True}),
+]
+FUNCTIONS = {"01": ["my_trunc_normal_"], "02": ["my_named_apply", "my_init_weights"]}
+
+
+def notebooks_own(number: str, *names: str) -> dict:
+    """Run a notebook's imports and the definitions named; return what they define."""
+    namespace: dict = {"__name__": "notebook"}
+    exec(setup_source(BY_NUMBER[number]), namespace)
+    found = definitions(BY_NUMBER[number])
+    for name in names:
+        exec(found[name], namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("number", "mine", "library", "arguments"), MODULES)
+def test_module_equals_the_library(number, mine, library, arguments, training):
+    names = [mine, "MyMlp"] if mine == "MyBlock" else [mine]
+    mine = notebooks_own(number, *names)[mine](**arguments).double().train(training)
+    library = getattr(siglip_lib, library)(**arguments).double().train(training)
+    mine.load_state_dict(randomized(library).state_dict(), strict=True)
+    x = torch.randn(6, 5, 24, dtype=torch.float64)
+    found = []
+    for module in (mine, library):
+        torch.manual_seed(1)  # DropPath draws
+        found.append(outputs_and_gradients(module, x))
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bounds", [(-2.0, 2.0), (-0.05, 0.05), (-0.02, 0.07)])
+def test_sampler_equals_the_library(dtype, bounds):
+    mine = notebooks_own("01", "edge", "inside", "my_trunc_normal_")["my_trunc_normal_"]
+    drawn = []
+    for sampler in (mine, siglip_lib.trunc_normal_):
+        torch.manual_seed(1)
+        drawn.append(sampler(torch.empty(1000, dtype=dtype), std=0.05, a=bounds[0], b=bounds[1]))
+    torch.testing.assert_close(*drawn)
+
+
+def test_initialiser_equals_the_library():
+    own = notebooks_own("02", "my_named_apply", "my_init_weights")
+    mine = randomized(nn.Sequential(siglip_lib.Block(24, 3, init_values=0.5), nn.Linear(24, 5)))
+    library = copy.deepcopy(mine)
+    mine_seen, library_seen = [], []
+    for apply, init, model, seen in (
+        (own["my_named_apply"], own["my_init_weights"], mine, mine_seen),
+        (siglip_lib.named_apply, siglip_lib.init_weights_vit_timm, library, library_seen),
+    ):
+        torch.manual_seed(1)
+        apply(init, model)
+        apply(lambda module, name, seen=seen: seen.append(name), model)
+    assert mine_seen == library_seen
+    for name, weight in library.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], weight), name
+
+
+def test_every_component_that_a_notebook_builds_is_compared():
+    compared = {("06", "MyMlp")} | {(number, mine) for number, mine, *_ in MODULES}
+    compared |= {(number, name) for number, names in FUNCTIONS.items() for name in names}
+    built = {
+        (number, name)
+        for number, notebook in BY_NUMBER.items()
+        for name, source in definitions(notebook).items()
+        if name.lower().startswith("my") and source.startswith(("def ", "class "))
+    }
+    assert built - compared == {("02", "my_default")}  # torch's rule, compared with torch's there

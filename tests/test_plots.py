@@ -1,0 +1,123 @@
+"""Pictures: what is drawn, and that none goes without a description."""
+
+import IPython.display
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+
+from siglip_lib import COLOURS, figure, picture, plot_histogram, show, show_attention
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        IPython.display, "display", lambda data, **options: found.append((data, options))
+    )
+    return found
+
+
+def test_figure():
+    fig, axes = figure(2, 3, width=5, height=4)
+    assert axes.shape == (2, 3)
+    assert fig.get_size_inches().tolist() == [5, 4]
+    lines = [axes[0, 0].plot([0, i])[0].get_color() for i in range(3)]
+    assert lines == list(COLOURS[:3])
+    assert figure()[1].shape == (1, 1)
+
+
+@pytest.mark.parametrize("alt", ["", "  \n"])
+def test_show_refuses_a_picture_without_description(alt, displayed):
+    fig, _ = figure()
+    with pytest.raises(ValueError, match="alt is empty; say what the picture shows"):
+        show(fig, alt)
+    assert displayed == []
+
+
+def test_show(displayed):
+    fig, _ = figure()
+    show(fig, "an empty plot")
+    [(data, options)] = displayed
+    assert data["image/png"].startswith(b"\x89PNG")
+    assert data["text/plain"] == "an empty plot"
+    assert options == {"raw": True, "metadata": {"image/png": {"alt": "an empty plot"}}}
+    assert plt.get_fignums() == []  # else a notebook draws it a second time
+
+
+@pytest.mark.parametrize("name", ["cat", "coffee", "astronaut"])
+def test_picture(name):
+    image = picture(name, 96)
+    assert image.mode == "RGB"
+    assert image.size == (96, 96)
+    assert np.asarray(image).std() > 20
+
+
+def test_pictures_are_384_pixels_wide_unless_told_and_differ():
+    assert picture("cat").size == (384, 384)
+    assert picture("cat", 32).tobytes() != picture("coffee", 32).tobytes()
+
+
+def test_unknown_picture():
+    with pytest.raises(
+        ValueError, match="name='dog' is unknown; allowed are cat, coffee, astronaut"
+    ):
+        picture("dog")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_histogram_is_a_density(dtype):
+    values = torch.rand(100, 10).to(dtype).requires_grad_()
+    edges = np.array([-0.5, 0, 0.1, 0.5, 1.5])  # of different widths
+    ax = figure()[1][0, 0]
+    density = plot_histogram(ax, values, edges, "uniform", linewidth=1)
+    assert (density * np.diff(edges)).sum() == pytest.approx(1)
+    assert density[1:3] == pytest.approx([1, 1], abs=0.2)
+    [steps] = ax.patches
+    assert steps.get_data().values.tolist() == density.tolist()
+    assert steps.get_label() == "uniform"
+    assert steps.get_linewidth() == 1
+
+
+def test_histogram_counts_values_outside_the_edges_as_missing():
+    ax = figure()[1][0, 0]
+    density = plot_histogram(ax, torch.tensor([0.5, 0.5, 0.5, 7.0]), np.array([0.0, 2.0]), "")
+    assert density.tolist() == [0.75 / 2]
+
+
+def test_histogram_counts_what_lies_beyond_the_first_chunk():
+    values = torch.zeros(2**24 + 2**23)
+    values[2**24 :] = 1.5
+    density = plot_histogram(figure()[1][0, 0], values, np.array([0.0, 1.0, 2.0]), "")
+    assert density == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_attention_over_a_picture():
+    ax = figure()[1][0, 0]
+    weights = torch.arange(9.0, requires_grad=True)
+    show_attention(ax, picture("cat", 90), weights, token=5, title="cat")
+    assert ax.images[1].get_array().tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert [image.get_extent() for image in ax.images] == [[0, 90, 90, 0]] * 2
+    [mark] = ax.lines
+    assert mark.get_xydata().tolist() == [[75, 45]]  # the middle of row 1, column 2
+    assert ax.get_title(loc="left") == "cat"
+
+
+def test_attention_without_a_token_marks_none():
+    ax = figure()[1][0, 0]
+    show_attention(ax, picture("cat", 8), torch.ones(4))
+    assert len(ax.lines) == 0
+
+
+def test_attention_needs_a_square():
+    with pytest.raises(ValueError, match="weights has 8 entries; it must be a square number"):
+        show_attention(figure()[1][0, 0], picture("cat", 8), torch.ones(8))

@@ -1,0 +1,96 @@
+"""Wrong answers to notebook 03's exercises, each with a piece of what the check must say."""
+
+_CHUNKS = """
+def attend_in_chunks(q, k, v, chunk):
+    largest = q.new_full((q.shape[0], 1), {start})
+    total, out = torch.zeros_like(largest), torch.zeros_like(q)
+    for k_part, v_part in zip(k.split(chunk), v.split(chunk)):
+        scores = q @ k_part.T * {scale}
+        grown = {grown}
+        weights = (scores - grown).exp()
+        total = total * {rescale} + weights.sum(dim=1, keepdim=True)
+        out = out * {rescale} + weights @ v_part
+        largest = grown
+    return out / total
+"""
+_RIGHT = dict(
+    start="-math.inf",
+    scale="q.shape[1] ** -0.5",
+    grown="torch.maximum(largest, scores.amax(dim=1, keepdim=True))",
+    rescale="(largest - grown).exp()",
+)
+
+
+def _chunks(**changed: str) -> str:
+    return _CHUNKS.format(**_RIGHT | changed)
+
+
+WRONG = {
+    "03.1": {
+        "def score_std(dim, num_heads, std): return dim * std**2 * (dim / num_heads) ** 0.5": "before the scale",
+        "def score_std(dim, num_heads, std): return dim**0.5 * std": "one channel of q",
+        "def score_std(dim, num_heads, std): return (dim * std**2) ** 2": "that is the variance",
+        "def score_std(dim, num_heads, std): return dim * std**2 / (dim / num_heads) ** 0.5": "one product",
+        "def score_std(dim, num_heads, std): return 0.4608": "random draws give",
+        "def score_std(dim, num_heads, std): return 1.0": "random draws give",
+    },
+    "03.2": {
+        """
+def pack(state):
+    packed = {}
+    for kind in ("weight", "bias"):
+        packed[f"qkv.{kind}"] = torch.cat([state[f"{p}_proj.{kind}"] for p in "kqv"])
+        packed[f"proj.{kind}"] = state[f"out_proj.{kind}"]
+    return packed
+""": "the order is q, k, v",
+        """
+def pack(state):
+    return {
+        "qkv.weight": torch.cat([state[f"{p}_proj.weight"] for p in "qkv"], dim=1),
+        "qkv.bias": torch.cat([state[f"{p}_proj.bias"] for p in "qkv"]),
+        "proj.weight": state["out_proj.weight"],
+        "proj.bias": state["out_proj.bias"],
+    }
+""": "stack the rows",
+        """
+def pack(state):
+    return {
+        "qkv.weight": torch.cat([state[f"{p}_proj.weight"] for p in "qkv"]),
+        "proj.weight": state["out_proj.weight"],
+    }
+""": "missing: proj.bias, qkv.bias",
+        """
+def pack(state):
+    return {
+        "qkv.weight": torch.cat([state[f"{p}_proj.weight"].T for p in "qkv"]),
+        "qkv.bias": torch.cat([state[f"{p}_proj.bias"] for p in "qkv"]),
+        "proj.weight": state["out_proj.weight"],
+        "proj.bias": state["out_proj.bias"],
+    }
+""": "are transposed",
+        "def pack(state): return state": "missing",
+    },
+    "03.3": {
+        "def attend_in_chunks(q, k, v, chunk): return (q @ k.T / math.sqrt(q.shape[1])).softmax(-1) @ v": "N x N",
+        _chunks(scale="1.0"): "lack the scale",
+        _chunks(rescale="1.0"): "exp(old - new)",
+        _chunks(rescale="0.0"): "only the last chunk",
+        _chunks(start="0.0", grown="largest"): "overflow",
+        """
+def attend_in_chunks(q, k, v, chunk):
+    parts = [
+        (q @ a.T / math.sqrt(q.shape[1])).softmax(-1) @ b
+        for a, b in zip(k.split(chunk), v.split(chunk))
+    ]
+    return sum(parts)
+""": "softmax of its own",
+        """
+def attend_in_chunks(q, k, v, chunk):
+    parts = [
+        (q @ a.T / math.sqrt(q.shape[1])).softmax(-1) @ b
+        for a, b in zip(k.split(chunk), v.split(chunk))
+    ]
+    return sum(parts) / len(parts)
+""": "softmax of its own",
+    },
+}

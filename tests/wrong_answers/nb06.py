@@ -1,0 +1,48 @@
+"""Wrong answers to notebook 06's exercises, each with a piece of what the check must say."""
+
+WRONG = {
+    "06.1": {
+        "tower = 588 * 1152 + 1152 + 729 * 1152 + 27 * 15_239_504": "final LayerNorm is missing",
+        "tower = 588 * 1152 + 729 * 1152 + 27 * 15_239_504 + 2 * 1152": "has a bias too",
+        "tower = 588 * 1152 + 1152 + 27 * 15_239_504 + 2 * 1152": "729 positions",
+        "tower = 196 * 1152 + 1152 + 729 * 1152 + 27 * 15_239_504 + 2 * 1152": "three colours",
+        "tower = 729 * 1152 + 27 * 15_239_504 + 2 * 1152": "the patch embedding is missing",
+        "tower = 428_225_600": "with its pooling head",
+        "tower = 27 * 15_239_504": "too few",
+        "tower = '412 million'": "must be a number",
+    },
+    "06.2": {
+        "def parallel(block, x): return block(x)": "ordinary block",
+        """
+def parallel(block, x):
+    return x + block.attn(block.norm1(x)) + block.mlp(block.norm2(x))
+""": "LayerScales",
+        """
+def parallel(block, x):
+    a = x + block.ls1(block.attn(block.norm1(x)))
+    return a + x + block.ls2(block.mlp(block.norm2(x)))
+""": "twice",
+        """
+def parallel(block, x):
+    return block.ls1(block.attn(block.norm1(x))) + block.ls2(block.mlp(block.norm2(x)))
+""": "x itself is missing",
+        """
+def parallel(block, x):
+    n = block.norm1(x)
+    return x + block.ls1(block.attn(n)) + block.ls2(block.mlp(n))
+""": "its own norm",
+        """
+def parallel(block, x):
+    a, m = block.ls1(block.attn(block.norm1(x))), block.ls2(block.mlp(block.norm2(x)))
+    x += a + m
+    return x
+""": "changed its input",
+    },
+    "06.3": {
+        "def idle(dim): return 0, dim": "another amount for every key",
+        "def idle(dim): return 2 * dim, 3 * dim": "weights sum to 1",
+        "def idle(dim): return dim, 2 * dim - 1": "after the last",
+        "def idle(dim): return 96, 192": "right for a width of 96",
+        "def idle(dim): return dim": "must be a pair",
+    },
+}
