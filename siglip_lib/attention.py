@@ -22,8 +22,8 @@ class Attention(nn.Module):
         proj_drop: dropout of the output while training, in [0, 1).
         norm_layer: class of ``q_norm`` and ``k_norm``.
         deterministic: the same bits on every run, backward pass included.
-        backend: ``auto`` for the fastest that can run on the input, or ``cudnn``, ``flash_attn``, ``xformers``,
-            ``sdpa``, ``eager``; ``attention_backends`` tells which can.
+        backend: ``auto`` for the fastest that can run on the input, or ``cudnn``, ``flash_attn``, ``sdpa``,
+            ``xformers``, ``eager``; ``attention_backends`` tells which can.
 
     Shapes: x (B, N, D) to (B, N, D).
 
@@ -142,14 +142,15 @@ def attention_maps(
     maps = AttentionMaps()
 
     def store(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             with torch.no_grad():
-                maps[name] = module.attention_map(*inputs)
+                maps[name] = module.attention_map(*inputs, **named)
 
         return hook
 
     handles = [
-        module.register_forward_pre_hook(store(name)) for name, module in (found[i] for i in chosen)
+        module.register_forward_pre_hook(store(name), with_kwargs=True)
+        for name, module in (found[i] for i in chosen)
     ]
     try:
         yield maps

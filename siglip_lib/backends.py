@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def attention_backends(
         tokens: number of keys; cuDNN refuses a single one, more make no difference.
 
     Returns:
-        A status for each of ``cudnn``, ``flash_attn``, ``xformers``, ``sdpa`` and ``eager``.
+        A status for each of ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers`` and ``eager``.
     """
     positive_int("head_dim", head_dim)
     probability("dropout", dropout)
@@ -96,7 +97,7 @@ def attend(
             (B, N, 3, heads, head_dim) tensor. No backend copies them.
         k: keys, as q.
         v: values, as q.
-        backend: ``auto`` for the first that can run, or one of ``cudnn``, ``flash_attn``, ``xformers``, ``sdpa``,
+        backend: ``auto`` for the first that can run, or one of ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``,
             ``eager``.
         dropout: probability in [0, 1) of dropping an attention weight; applied whenever it is not zero.
         deterministic: the same bits on every run, backward pass included; backends that can't promise it are out.
@@ -153,8 +154,12 @@ def choose_backend(
     check_backend_name(backend)
     found = attention_backends(device, dtype, head_dim, dropout, deterministic, tokens=tokens)
     if backend == "auto":
-        # eager runs everywhere, so there is always a first
-        return next(status.name for status in found.values() if status.usable)
+        for status in found.values():
+            if status.usable:
+                return status.name
+        raise ValueError(
+            f"no backend can run on {device} in {dtype}: eager says {found['eager'].reason}"
+        )
     if not found[backend].usable:
         usable = ", ".join(status.name for status in found.values() if status.usable)
         raise ValueError(
@@ -205,16 +210,15 @@ def _cudnn(
 def _flash_attn(
     q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float, deterministic: bool
 ) -> Tensor:
-    func = _import_quietly("flash_attn").flash_attn_func
-    return func(q, k, v, dropout_p=dropout, softmax_scale=scale, deterministic=deterministic)
+    return _imported["flash_attn"].flash_attn_func(
+        q, k, v, dropout_p=dropout, softmax_scale=scale, deterministic=deterministic
+    )
 
 
 def _xformers(
     q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float, deterministic: bool
 ) -> Tensor:
-    return _import_quietly("xformers.ops").memory_efficient_attention(
-        q, k, v, p=dropout, scale=scale
-    )
+    return _imported["xformers.ops"].memory_efficient_attention(q, k, v, p=dropout, scale=scale)
 
 
 # --- the reasons: None if the backend may run, before it is tried ---
@@ -286,12 +290,8 @@ def _sdpa_operator(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
 
 
 def _xformers_operator(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
-    inputs = _import_quietly("xformers.ops.fmha").Inputs(q, k, v, p=dropout)
-    return (
-        importlib.import_module("xformers.ops.fmha.dispatch")
-        ._dispatch_fw(inputs, needs_gradient=True)
-        .NAME
-    )
+    fmha = _imported["xformers.ops"].fmha
+    return fmha.dispatch._dispatch_fw(fmha.Inputs(q, k, v, p=dropout), needs_gradient=True).NAME
 
 
 @dataclass(frozen=True)
@@ -299,6 +299,7 @@ class _Backend:
     run: Callable[[Tensor, Tensor, Tensor, float, float, bool], Tensor]
     why_not: Callable[[_Case], str | None]
     operator: Callable[[Tensor, Tensor, Tensor, float], str]
+    package: str = ""  # what to import before the first run
 
 
 # The order of "auto". ORDER_FIGURES
@@ -308,11 +309,16 @@ _BACKENDS = {
         _flash_attn,
         _why_not_flash_attn,
         lambda *_: f"flash-attn {importlib.metadata.version('flash-attn')}",
+        package="flash_attn",
     ),
-    "xformers": _Backend(_xformers, _why_not_xformers, _xformers_operator),
     "sdpa": _Backend(_sdpa, _why_not_sdpa, _sdpa_operator),
+    "xformers": _Backend(_xformers, _why_not_xformers, _xformers_operator, package="xformers.ops"),
     "eager": _Backend(_eager, _no_reason, lambda *_: "matmul, softmax, matmul"),
 }
+
+# The packages of the backends that were tried. They are looked up here and not imported where they
+# run: a compiled model can trace a look-up, but no import.
+_imported: dict[str, ModuleType] = {}
 
 
 @functools.cache
@@ -349,6 +355,8 @@ def _shortest_reason(error: Exception, said: list[str]) -> str:
 
 def _try(backend: _Backend, case: _Case) -> str:
     """Run the backend on 16 tokens, forward and backward, and return the name of its operator."""
+    if backend.package:
+        _imported[backend.package] = _import_quietly(backend.package)
     devices = [case.device] if case.device.type == "cuda" else []
     grad = case.dtype.is_floating_point
     with (
@@ -357,24 +365,15 @@ def _try(backend: _Backend, case: _Case) -> str:
         torch.enable_grad(),
         torch.autocast(case.device.type, enabled=False),
     ):
-        qkv = torch.ones(
-            1,
-            case.tokens,
-            3,
-            1,
-            case.head_dim,
-            dtype=case.dtype,
-            device=case.device,
-            requires_grad=grad,
-        )
+        shape = (1, case.tokens, 3, 1, case.head_dim)
+        qkv = torch.ones(shape, dtype=case.dtype, device=case.device, requires_grad=grad)
         q, k, v = qkv.unbind(2)
         backend.run(q, k, v, case.dropout, 1.0, case.deterministic).sum().backward()
         return backend.operator(q, k, v, case.dropout)
 
 
-@functools.cache
-def _import_quietly(name: str):
-    """Import flash-attn or xformers without the warnings that they print about what a reader did not ask for."""
+def _import_quietly(name: str) -> ModuleType:
+    """Import flash-attn or xformers without the warnings about what a reader did not ask for."""
     if name.startswith("xformers"):
         _load_cuda12_runtime()
         logging.getLogger("xformers").setLevel(logging.ERROR)

@@ -44,6 +44,8 @@ def trunc_normal_(
         TypeError: the tensor is not of one of the four dtypes, or an argument is not a number.
         ValueError: ``std``, ``a`` or ``b`` is out of range, or no number of the tensor's dtype lies in [a, b].
 
+    On a GPU the first draw from a tail compiles a kernel, which takes seconds, once on a machine.
+
     Source: inverse transform sampling (Devroye, Non-Uniform Random Variate Generation, 1986, section II.2); the tail
     through the scaled complementary error function.
     """
@@ -53,12 +55,17 @@ def trunc_normal_(
             f"tensor is {found}; allowed are tensors of float16, bfloat16, float32 and float64"
         )
     mean, std = finite("mean", mean), finite("std", std)
-    if std <= 0:
-        raise ValueError(f"std={std!r} must be positive")
+    if not 0 < std < 1e30:
+        raise ValueError(f"std={std!r} must be positive, and below 1e30")
     for name, bound in (("a", a), ("b", b)):
         number(name, bound)
     if not a < b:
         raise ValueError(f"a={a!r} must be less than b={b!r}")
+    alpha, beta, span = (a - mean) / std, (b - mean) / std, (b - a) / std
+    if max(alpha, -beta) > 1e8:
+        raise ValueError(
+            f"a={a!r} and b={b!r} lie more than 1e8 standard deviations from mean={mean!r}"
+        )
     low, high = _inner_bounds(a, b, tensor.dtype)
     if tensor.is_meta or tensor.numel() == 0:
         return tensor
@@ -67,15 +74,19 @@ def trunc_normal_(
     # cast, then clamp.
     wide = tensor.dtype in (torch.float32, torch.float64)
     work = tensor if wide else torch.empty_like(tensor, dtype=torch.float32)
-    alpha, beta = (a - mean) / std, (b - mean) / std
-    if alpha >= 1:
+    origin = mean
+    if alpha >= _FAR:
+        origin, sigmas = a, _draw_far_tail_(work, alpha, span, generator)
+    elif beta <= -_FAR:
+        origin, sigmas = b, -_draw_far_tail_(work, -beta, span, generator)
+    elif alpha >= 1:
         sigmas = _draw_tail_(work, alpha, beta, generator)
     elif beta <= -1:
         sigmas = -_draw_tail_(work, -beta, -alpha, generator)
     else:
         sigmas = _draw_centre_(work, alpha, beta, generator)
-    # mean + factor * work and the cast, in one pass
-    torch.add(torch.tensor(mean, dtype=work.dtype), work, alpha=std * sigmas, out=tensor)
+    # origin + factor * work and the cast, in one pass
+    torch.add(torch.tensor(origin, dtype=work.dtype), work, alpha=std * sigmas, out=tensor)
     return tensor.clamp_(low, high)
 
 
@@ -99,8 +110,6 @@ def _draw_tail_(
 
     The share above x, Q(x), is a small number, and small numbers have all their digits.
     """
-    if alpha >= _FAR:
-        return _draw_far_tail_(work, alpha, beta, generator)
     above_alpha, above_beta = (math.erfc(x / _SQRT2) / 2 for x in (alpha, beta))
     half_step = above_alpha * torch.finfo(work.dtype).eps / 4
     work.uniform_(max(above_beta, half_step), above_alpha, generator=generator)
@@ -109,25 +118,25 @@ def _draw_tail_(
 
 
 def _draw_far_tail_(
-    work: Tensor, alpha: float, beta: float, generator: torch.Generator | None
+    work: Tensor, alpha: float, span: float, generator: torch.Generator | None
 ) -> float:
-    """Draw on [alpha, beta] where Q itself underflows; return what to multiply ``work`` by.
+    """Draw the distance from alpha on [alpha, alpha + span] where Q underflows; return its factor.
+
+    The distance, not the place: beside a far mean its digits would be lost.
 
     With x = alpha + d, solves log(Q(x)/Q(alpha)) = log(w) for d by Newton's method. Q is written
     with erfcx, which takes exp(-x**2/2) out of it, so nothing underflows and nothing cancels.
     """
     d = work.uniform_(generator=generator)
     cut = 1.0  # the share of the tail's mass that lies below beta
-    if math.isfinite(beta):
-        span = torch.tensor(beta - alpha, dtype=torch.float64)
-        cut = -torch.expm1(_log_tail_ratio(span, alpha)).item()
+    if math.isfinite(span):
+        cut = -torch.expm1(_log_tail_ratio(torch.tensor(span, dtype=torch.float64), alpha)).item()
     # uniform_ draws from [0, 1), so 1 - cut * u is never 0; log1p keeps the small steps near 1
     log_w = torch.log1p(d * -cut)
     d.copy_(-2 * log_w / (alpha + torch.sqrt(alpha * alpha - 2 * log_w)))
     for _ in range(3):
         mills = math.sqrt(math.pi / 2) * torch.special.erfcx((alpha + d) / _SQRT2)
         d.add_((_log_tail_ratio(d, alpha) - log_w) * mills)
-    d.add_(alpha)
     return 1.0
 
 

@@ -16,7 +16,7 @@ def named_apply(
 ) -> nn.Module:
     """Call ``fn(module=..., name=...)`` on every submodule and return ``module``.
 
-    Children come in the order of their registration. A module used in two places is visited in both.
+    Children come in the order of their registration, as ``module.named_children()`` gives them.
 
     Args:
         fn: called with the keyword arguments ``module`` and ``name``, the dotted path from the root.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from siglip_lib import BackendStatus, attend, attention_backends, backends, choose_backend
 
-NAMES = ("cudnn", "flash_attn", "xformers", "sdpa", "eager")
+NAMES = ("cudnn", "flash_attn", "sdpa", "xformers", "eager")
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 
@@ -221,6 +221,12 @@ def test_reasons_on_a_gpu(name, dtype, head_dim, deterministic, reason, pretende
     assert found[name].operator == ""
 
 
+@pytest.mark.parametrize("head_dim", [8, 72, 256])
+def test_flash_attn_takes_every_multiple_of_8(head_dim, pretended_gpu):
+    found = attention_backends(pretended_gpu, torch.float16, head_dim)
+    assert "head_dim" not in found["flash_attn"].reason  # without a real GPU its trial says another
+
+
 def test_flash_attn_needs_ampere(pretended_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     found = attention_backends(pretended_gpu, torch.float16, 64)
@@ -318,7 +324,7 @@ X = torch.zeros(2, 5, 3, 8)
         (
             lambda: attend(X, X, X, backend="flash"),
             ValueError,
-            "backend='flash' is unknown; allowed are auto, cudnn, flash_attn, xformers, sdpa, eager",
+            "backend='flash' is unknown; allowed are auto, cudnn, flash_attn, sdpa, xformers, eager",
         ),
         (
             lambda: attention_backends("cpu", "float32", 8),

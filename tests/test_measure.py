@@ -10,10 +10,10 @@ from siglip_lib import device_report, measure, package_version, pick_device
 
 
 def test_times_are_in_order_and_in_milliseconds():
-    naps = iter([0, 0.002, 0.03, 0.008])
+    naps = iter([0, 0.002, 0.2, 0.06])
     timing = measure(lambda: time.sleep(next(naps)), "cpu", repeats=3, warmup=1)
     assert timing.fastest_ms <= timing.median_ms <= timing.slowest_ms
-    assert 2 <= timing.fastest_ms < 8 <= timing.median_ms < 30 <= timing.slowest_ms < 300
+    assert 2 <= timing.fastest_ms < 60 <= timing.median_ms < 200 <= timing.slowest_ms < 2000
     assert timing.peak_bytes is None
 
 

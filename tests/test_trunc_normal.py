@@ -130,20 +130,20 @@ def test_bounds_hold_in_the_tensors_own_dtype(dtype, inside, left, right, mean, 
     assert (x <= b).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("mean", "std", "a", "b"),
-    [(0, 1e-300, 1, 2), (0, 1e-310, -2, -1), (1e4, 1e-40, 0, 1), (-1e30, 1e-10, 1, INF)],
+    [(0, 1e-300, 1, 2), (0, 1e-310, -2, -1), (1e10, 1, 0, 1), (-1e30, 1e-10, 1, INF)],
 )
-def test_bounds_too_many_sigmas_away_for_a_float(mean, std, a, b, dtype):
-    x = trunc_normal_(torch.empty(10, dtype=dtype), mean, std, a, b).double()
-    nearest = a if a > mean else b
-    assert (x == nearest).all()
+def test_bounds_too_many_sigmas_away_for_a_float(mean, std, a, b):
+    tensor = torch.full((10,), 7.0)
+    with pytest.raises(ValueError, match="more than 1e8 standard deviations"):
+        trunc_normal_(tensor, mean, std, a, b)
+    assert (tensor == 7).all()
 
 
-def test_mass_stands_at_the_bound_next_to_a_far_mean():
-    x = trunc_normal_(torch.empty(1000), mean=1e10, a=0.0, b=1.0)
-    assert (x == 1).all()  # 1e-10 from it, nearer than float32 can say
+def test_bounds_nearly_that_far():
+    x = trunc_normal_(torch.empty(1000), mean=9e7, a=0.0, b=1.0)
+    assert (x > 1 - 1e-6).all()  # the tail's width is 1 / 9e7
 
 
 def test_float64_is_not_on_the_float32_grid():
@@ -223,7 +223,11 @@ def test_a_leaf_that_requires_grad():
         ({"a": math.nan}, ValueError, "a=nan must be less than b=2.0"),
         ({"b": math.nan}, ValueError, "a=-2.0 must be less than b=nan"),
         ({"a": 0.05001, "b": 0.05002}, ValueError, "no bfloat16 number lies between a=0.05001 and"),
-        ({"a": 1e39, "b": INF}, ValueError, "no bfloat16 number lies between a=1e+39 and b=inf"),
+        (
+            {"mean": 1e39, "a": 1e39, "b": INF},
+            ValueError,
+            "no bfloat16 number lies between a=1e+39",
+        ),
     ],
 )
 def test_wrong_arguments_leave_the_tensor_as_it_was(arguments, error, message):
