@@ -22,8 +22,8 @@ class Attention(nn.Module):
         proj_drop: dropout of the output while training, in [0, 1).
         norm_layer: class of ``q_norm`` and ``k_norm``.
         deterministic: the same bits on every run, backward pass included.
-        backend: ``auto`` for the fastest that can run on the input, or ``cudnn``, ``flash_attn``, ``sdpa``,
-            ``xformers``, ``eager``; ``attention_backends`` tells which can.
+        backend: ``auto`` for the first that can run on the input, in the order that notebook 04 measured, or
+            ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``, ``eager``; ``attention_backends`` tells which can.
 
     Shapes: x (B, N, D) to (B, N, D).
 

@@ -94,7 +94,7 @@ def attend(
 
     Args:
         q: queries (B, N, heads, head_dim); any strides with contiguous channels, such as views of a packed
-            (B, N, 3, heads, head_dim) tensor. No backend copies them.
+            (B, N, 3, heads, head_dim) tensor, which all but ``eager`` read where they are.
         k: keys, as q.
         v: values, as q.
         backend: ``auto`` for the first that can run, or one of ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``,
@@ -302,7 +302,9 @@ class _Backend:
     package: str = ""  # what to import before the first run
 
 
-# The order of "auto". ORDER_FIGURES
+# The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, the
+# geometric mean of 17 cases, forward and with backward. cuDNN 5.3; flash-attn 3.6; sdpa 3.4, as it
+# chooses where cuDNN can't run; xformers 1.8 with the kernel that it has left without flash-attn.
 _BACKENDS = {
     "cudnn": _Backend(_cudnn, _why_not_cudnn, lambda *_: f"cuDNN {torch.backends.cudnn.version()}"),
     "flash_attn": _Backend(

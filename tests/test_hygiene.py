@@ -1,6 +1,7 @@
 """The conventions of the notebooks: how they are built, what may be stored in them, and what they link to."""
 
 import ast
+import base64
 import json
 import re
 import statistics
@@ -127,3 +128,15 @@ def test_readme_has_a_row_for_each_notebook_with_its_measured_figures():
         for kind in ("cpu", "gpu"):
             assert f"{measured[kind]['seconds']} s, {measured[kind]['gib']} GiB" in row
         assert f"/blob/main/notebooks/{path.name}" in row
+
+
+def test_readme_shows_a_stored_picture():
+    stored = [
+        output.data["image/png"].replace("\n", "")
+        for path in PATHS
+        for output in outputs(read(path))
+        if "image/png" in output.get("data", {})
+    ]
+    shown = base64.b64encode((ROOT / ".github/attention.png").read_bytes()).decode()
+    assert shown in stored
+    assert "(.github/attention.png)" in (ROOT / "README.md").read_text()
