@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from tqdm import tqdm
 
 README = Path(__file__).parent.parent / "README.md"
-PICTURE = README.parent / ".github" / "attention.png"
+PICTURE = README.parent / ".github" / "attention.jpg"
 HEAD = re.compile(r"\*\*Measured:\*\*.*")
 ASK = "import resource as _r; print(_r.getrusage(_r.RUSAGE_SELF).ru_maxrss)"
 
@@ -111,12 +111,12 @@ def write_head(notebook: nbformat.NotebookNode) -> None:
 
 
 def attention_picture(notebook: nbformat.NotebookNode) -> bytes:
-    """The picture of notebook 03 that the README shows, as a PNG."""
+    """The picture of notebook 03 that the README shows, as a JPEG."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if data.get("text/plain", "").startswith("Photographs."):
-                return base64.b64decode(data["image/png"])
+                return base64.b64decode(data["image/jpeg"])
     raise SystemExit("notebook 03 has no picture whose text starts with 'Photographs.'")
 
 

@@ -105,12 +105,20 @@ def test_anatomy(path, notebook):
     assert re.search(r"\| symbol \| meaning \| shape \|", text)
 
 
+def pictures(notebook) -> list[tuple[str, str]]:
+    """The pictures stored in a notebook, in base64, each with its alt text."""
+    return [
+        (data.replace("\n", ""), output.metadata[kind]["alt"])
+        for output in outputs(notebook)
+        for kind, data in output.get("data", {}).items()
+        if kind.startswith("image/")
+    ]
+
+
 @notebooks
 def test_pictures_have_alt_text(path, notebook):
-    pictures = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
-    assert pictures
-    for output in pictures:
-        assert output.metadata["image/png"]["alt"].strip()
+    assert pictures(notebook)
+    assert all(alt.strip() for _, alt in pictures(notebook))
 
 
 @notebooks
@@ -131,12 +139,7 @@ def test_readme_has_a_row_for_each_notebook_with_its_measured_figures():
 
 
 def test_readme_shows_a_stored_picture():
-    stored = [
-        output.data["image/png"].replace("\n", "")
-        for path in PATHS
-        for output in outputs(read(path))
-        if "image/png" in output.get("data", {})
-    ]
-    shown = base64.b64encode((ROOT / ".github/attention.png").read_bytes()).decode()
+    stored = [data for path in PATHS for data, _ in pictures(read(path))]
+    shown = base64.b64encode((ROOT / ".github/attention.jpg").read_bytes()).decode()
     assert shown in stored
-    assert "(.github/attention.png)" in (ROOT / "README.md").read_text()
+    assert "(.github/attention.jpg)" in (ROOT / "README.md").read_text()

@@ -54,6 +54,16 @@ def test_show(displayed):
     assert plt.get_fignums() == []  # else a notebook draws it a second time
 
 
+def test_show_a_photograph(displayed):
+    fig, axes = figure()
+    axes[0, 0].imshow(picture("cat"))
+    show(fig, "a cat", photo=True)
+    [(data, options)] = displayed
+    assert data["image/jpeg"].startswith(b"\xff\xd8")
+    assert "image/png" not in data
+    assert options["metadata"] == {"image/jpeg": {"alt": "a cat"}}
+
+
 @pytest.mark.parametrize("name", ["cat", "coffee", "astronaut"])
 def test_picture(name):
     image = picture(name, 96)
