@@ -13,7 +13,7 @@ from notebook_files import PATHS, ROOT, code_cells, read
 TAGS = {"nbval-ignore-output"}
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 PRIVATE = re.compile(
-    r"/home/|/root/|/tmp/|/Users/|/opt/|/work/"  # paths of a machine
+    r"/(home|root|tmp|Users|opt|work)/"  # paths of a machine
     r"|\b\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b"  # addresses
     r"|token=|hf_[A-Za-z0-9]{20}"  # secrets
 )
