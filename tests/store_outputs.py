@@ -33,7 +33,9 @@ def main() -> None:
         parser.error(
             "the stored outputs come from a GPU, and torch sees none; --only-figures keeps them"
         )
-    progress = tqdm(arguments.notebooks, unit="notebook")
+    # 00 shows the figures of the others, so it comes last
+    paths = sorted(arguments.notebooks, key=lambda path: path.stem.startswith("00"))
+    progress = tqdm(paths, unit="notebook")
     for path in progress:
         progress.set_description(path.stem)
         stored = nbformat.read(path, as_version=4)
