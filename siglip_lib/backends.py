@@ -224,6 +224,20 @@ def _xformers(
 # --- the reasons: None if the backend may run, before it is tried ---
 
 
+def _needs_cuda(case: _Case) -> str | None:
+    if case.device.type != "cuda":
+        return f"needs a CUDA device, not {case.device.type}"
+    if not torch.cuda.is_available():
+        return "needs a CUDA device, and torch sees none"
+    return None
+
+
+def _needs_half(case: _Case) -> str | None:
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return f"needs float16 or bfloat16, not {str(case.dtype).removeprefix('torch.')}"
+    return None
+
+
 def _no_reason(case: _Case) -> str | None:
     return None
 
@@ -231,15 +245,6 @@ def _no_reason(case: _Case) -> str | None:
 def _why_not_sdpa(case: _Case) -> str | None:
     if case.deterministic and case.device.type != "cpu":
         return "its kernels add gradients in an order that varies; eager and flash_attn are deterministic"
-    return None
-
-
-def _needs_cuda(case: _Case) -> str | None:
-
-    if case.device.type != "cuda":
-        return f"needs a CUDA device, not {case.device.type}"
-    if not torch.cuda.is_available():
-        return "needs a CUDA device, and torch sees none"
     return None
 
 
@@ -272,12 +277,6 @@ def _why_not_xformers(case: _Case) -> str | None:
         return reason
     if case.deterministic:
         return "it offers no deterministic backward pass"
-    return None
-
-
-def _needs_half(case: _Case) -> str | None:
-    if case.dtype not in (torch.float16, torch.bfloat16):
-        return f"needs float16 or bfloat16, not {str(case.dtype).removeprefix('torch.')}"
     return None
 
 
@@ -335,6 +334,8 @@ def _status(name: str, case: _Case) -> BackendStatus:
         warnings.simplefilter("always")  # torch tells in warnings why it turns a kernel down
         try:
             operator = _try(backend, case)
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the backend, and must not be remembered
         except Exception as error:  # whatever a library raises for a case is its reason
             return BackendStatus(
                 name, False, "", _shortest_reason(error, [str(w.message) for w in said])

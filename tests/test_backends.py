@@ -246,6 +246,22 @@ def test_auto_passes_over_a_backend_that_fails_its_trial(broken_cudnn):
     torch.testing.assert_close(attend(q, k, v), attend(q, k, v, backend="eager"))
 
 
+def test_a_trial_without_memory_is_an_error_and_not_remembered(monkeypatch):
+    free = []
+
+    def run(q, *_):
+        if not free:
+            raise torch.OutOfMemoryError("no memory")
+        return q
+
+    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention_backends("cpu", torch.float32, 8)
+    free.append(True)
+    assert attention_backends("cpu", torch.float32, 8)["cudnn"].usable
+
+
 def test_a_forced_backend_that_cannot_run_names_the_reason(broken_cudnn):
     q, k, v = heads("packed", 1, 4, 4, 1, 8, torch.float32)
     with pytest.raises(

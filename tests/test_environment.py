@@ -11,9 +11,10 @@ from packaging.specifiers import SpecifierSet
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 CONDA = {
     match[1]: match[2].replace("=", "==") if match[2].startswith("=") else match[2]
-    for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    for entry in ENVIRONMENT
     if isinstance(entry, str) and (match := re.fullmatch(r"([\w-]+) ?(.*)", entry))
 }
 # what conda-forge calls otherwise, and what its packages bring along
@@ -48,6 +49,11 @@ def test_environment_holds_nothing_else():
     known = {CONDA_NAMES.get(r.name, r.name) for r in REQUIREMENTS}
     # flash-attn is no extra: pip would build it for most of an hour
     assert set(CONDA) - known == {"python", "cuda-version", "flash-attn", "pip"}
+
+
+def test_environment_installs_the_package_itself_and_lets_pip_read_the_line():
+    # a requirements file, which this becomes, takes no --no-deps
+    assert ENVIRONMENT[-1] == {"pip": ["-e ."]}
 
 
 def test_environment_python_is_one_the_package_allows():
