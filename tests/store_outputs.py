@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 README = Path(__file__).parent.parent / "README.md"
 PICTURE = README.parent / ".github" / "attention.jpg"
+GPU = "NVIDIA H200"  # one kind for all stored outputs, so that figures can be compared
 HEAD = re.compile(r"\*\*Measured:\*\*.*")
 ASK = "import resource as _r; print(_r.getrusage(_r.RUSAGE_SELF).ru_maxrss)"
 
@@ -32,6 +33,10 @@ def main() -> None:
     if kind == "cpu" and not arguments.only_figures:
         parser.error(
             "the stored outputs come from a GPU, and torch sees none; --only-figures keeps them"
+        )
+    if kind == "gpu" and torch.cuda.get_device_name() != GPU:
+        parser.error(
+            f"the stored outputs come from an {GPU}, this is {torch.cuda.get_device_name()}"
         )
     # 00 shows the figures of the others, so it comes last
     paths = sorted(arguments.notebooks, key=lambda path: path.stem.startswith("00"))
@@ -105,7 +110,9 @@ def write_head(notebook: nbformat.NotebookNode) -> None:
     if cpu := measured.get("cpu"):
         parts.append(f"{cpu['seconds']} s and {cpu['gib']} GiB on two CPU cores")
     if gpu := measured.get("gpu"):
-        parts.append(f"{gpu['seconds']} s and {gpu['gib']} GiB of GPU memory on an H200")
+        parts.append(
+            f"{gpu['seconds']} s and {gpu['gib']} GiB of GPU memory on an {GPU.removeprefix('NVIDIA ')}"
+        )
     head = notebook.cells[0]
     if not HEAD.search(head.source):
         raise SystemExit("the first cell has no line that starts with **Measured:**")

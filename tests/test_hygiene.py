@@ -9,6 +9,7 @@ import tomllib
 
 import pytest
 from notebook_files import PATHS, ROOT, code_cells, read
+from store_outputs import GPU
 
 TAGS = {"nbval-ignore-output"}
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
@@ -54,7 +55,7 @@ def test_stored_outputs_hold_no_errors_and_nothing_private(path, notebook):
 
 @notebooks
 def test_stored_outputs_come_from_the_gpu_they_name(path, notebook):
-    assert "NVIDIA H200" in code_cells(notebook)[0].outputs[0]["text"]
+    assert GPU in code_cells(notebook)[0].outputs[0]["text"]
     assert set(notebook.metadata["measured"]) == {"cpu", "gpu"}
 
 
