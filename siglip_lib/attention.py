@@ -76,9 +76,8 @@ class Attention(nn.Module):
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return the attention weights (B, heads, N, N) for the input x (B, N, D), in float32, without dropout."""
-        q, k, _ = (y.transpose(1, 2) for y in self._heads(x))  # (B, heads, N, head_dim)
-        with torch.autocast(x.device.type, enabled=False):
-            return (q.float() * self.scale @ k.float().transpose(-2, -1)).softmax(dim=-1)
+        q, k, _ = self._heads(x)
+        return attention_weights(q, k, self.scale)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project and split: x (B, N, D) to q, k, v, each (B, N, heads, head_dim), views of one tensor."""
@@ -91,6 +90,13 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(2)
         # autocast runs a LayerNorm in float32; the product with v needs one dtype
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+
+
+def attention_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Return softmax(q @ k.T * scale) in float32: q (B, M, heads, head_dim), k (B, N, ...) to (B, heads, M, N)."""
+    q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, heads, M or N, head_dim)
+    with torch.autocast(q.device.type, enabled=False):
+        return (q.float() * scale @ k.float().transpose(-2, -1)).softmax(dim=-1)
 
 
 class AttentionMaps(dict[str, Tensor]):

@@ -13,10 +13,15 @@ def probability(name: str, value: float) -> float:
 
 def positive_int(name: str, value: int) -> int:
     """Return ``value`` if it is an integer of at least 1."""
+    return count(name, value, least=1)
+
+
+def count(name: str, value: int, least: int = 0) -> int:
+    """Return ``value`` if it is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}={value!r} must be at least 1")
+    if value < least:
+        raise ValueError(f"{name}={value!r} must be at least {least}")
     return value
 
 

@@ -1,9 +1,13 @@
 """The small parts of a block: LayerScale, DropPath and the MLP."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from siglip_lib.checks import finite, positive_int, probability
+
+GELU_TANH = partial(nn.GELU, approximate="tanh")  # SigLIP's activation
 
 
 class LayerScale(nn.Module):

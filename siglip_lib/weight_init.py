@@ -1,6 +1,8 @@
-"""Weight initialisation as timm and SigLIP do it: one rule, applied to every submodule."""
+"""Weight initialisation: one rule, applied to every submodule. timm's is SigLIP's here; two others by name."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -56,3 +58,61 @@ def init_weights_vit_timm(module: nn.Module, name: str = "") -> None:
             nn.init.zeros_(module.bias)
     elif hasattr(module, "init_weights"):
         module.init_weights()
+
+
+def init_weights_vit_jax(module: nn.Module, name: str = "", head_bias: float = 0.0) -> None:
+    """Initialise one module in place as big_vision does; arguments as ``init_weights_vit_timm``.
+
+    Linear: weight uniform with variance 2 / (inputs + outputs), bias zero, or of std 1e-6 in an MLP. The classifier
+    (``head``): weight zero, bias ``head_bias``. Convolution: truncated normal of variance 1 / inputs, bias zero.
+
+    Source: big_vision, models/vit.py; timm's ``init_weights_vit_jax``.
+    """
+    if isinstance(module, nn.Linear) and name.startswith("head"):
+        nn.init.zeros_(module.weight)
+        nn.init.constant_(module.bias, head_bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.normal_(module.bias, std=1e-6 if "mlp" in name else 0.0)
+    elif isinstance(module, nn.Conv2d):
+        # cut at 2 sigma, a normal keeps .8796 of its standard deviation
+        std = module.weight[0].numel() ** -0.5 / 0.87962566103423978
+        trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif hasattr(module, "init_weights"):
+        module.init_weights()
+
+
+def init_weights_vit_moco(module: nn.Module, name: str = "") -> None:
+    """Initialise one module in place as MoCo v3 does; arguments as ``init_weights_vit_timm``.
+
+    Linear: weight uniform with variance 2 / (inputs + outputs), where q, k and v count as three layers; bias zero.
+
+    Source: Chen et al., An Empirical Study of Training Self-Supervised Vision Transformers (2021), code.
+    """
+    if isinstance(module, nn.Linear):
+        parts = 3 if "qkv" in name else 1
+        limit = math.sqrt(6 / (module.out_features // parts + module.in_features))
+        nn.init.uniform_(module.weight, -limit, limit)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif hasattr(module, "init_weights"):
+        module.init_weights()
+
+
+def init_rule(weight_init: str, num_classes: int) -> Callable[[nn.Module, str], None]:
+    """Return the rule that a ``VisionTransformer`` with that ``weight_init`` applies to its submodules."""
+    rules = {
+        "": init_weights_vit_timm,
+        "jax": init_weights_vit_jax,
+        # "negative log head bias": every class starts at probability 1 / num_classes under a sigmoid
+        "jax_nlhb": partial(init_weights_vit_jax, head_bias=-math.log(max(num_classes, 1))),
+        "moco": init_weights_vit_moco,
+    }
+    if weight_init not in rules:
+        raise ValueError(
+            f"weight_init={weight_init!r} is unknown; allowed are {', '.join(map(repr, rules))}, 'skip'"
+        )
+    return rules[weight_init]
