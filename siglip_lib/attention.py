@@ -100,7 +100,7 @@ def attention_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 class AttentionMaps(dict[str, Tensor]):
-    """Attention weights by layer name, each (B, heads, N, N) in float32."""
+    """Attention weights by layer name, each (B, heads, queries, keys) in float32."""
 
     @property
     def nbytes(self) -> int:
@@ -119,9 +119,10 @@ def attention_maps(
     for a picture and layer, 918 MB for its 27 layers. A later run overwrites the maps of an earlier one.
 
     Args:
-        model: any module that contains ``Attention``.
-        layers: which of its attention layers, counted in the order of ``model.named_modules()``; negative numbers
-            count from the last. All if None.
+        model: any module that contains ``Attention`` or ``AttentionPoolLatent``; maps of the latter are
+            (B, heads, latents, N).
+        layers: which of its attention layers, counted in the order of ``model.named_modules()``, a pooling head after
+            the blocks; negative numbers count from the last. All if None.
 
     Yields:
         A dict from layer name to weights (B, heads, N, N), float32, detached, on the model's device; filled when the

@@ -25,7 +25,7 @@ _MARKS = {
     "embeddings.patch_embedding.weight": "transformers",
 }
 # What save_weights offers: whose names, and the prefix.
-LAYOUTS = {
+_LAYOUTS = {
     "timm": ("timm", ""),
     "deepseek_vl2": ("timm", "vision."),
     "transformers": ("transformers", ""),  # SiglipVisionModel from 5.0 on
@@ -76,9 +76,9 @@ def load_weights(model: "VisionTransformer", source: str | Path) -> LoadedWeight
 
     Args:
         model: the tower, of the checkpoint's width and depth.
-        source: a file (safetensors, or a pickle, of which only tensors are read), a folder as transformers or timm write
-            it, sharded or not, or ``hf-hub:owner/name`` for a repository of the Hugging Face hub. Only the last one uses
-            the network; of a sharded repository it fetches the index and the parts that hold the tower.
+        source: a file (safetensors, or a pickle, of which only tensors are read), a folder as transformers or timm
+            write it, sharded or not, or ``hf-hub:owner/name`` for a repository of the Hugging Face hub. Only the last
+            one uses the network; of a sharded repository it fetches the index and the parts that hold the tower.
 
     Returns:
         What was found and done.
@@ -91,7 +91,9 @@ def load_weights(model: "VisionTransformer", source: str | Path) -> LoadedWeight
     """
     target = model.state_dict()
     if any(tensor.is_meta for tensor in target.values()):
-        raise ValueError("model is on the meta device; give it memory with model.to_empty(device=...)")
+        raise ValueError(
+            "model is on the meta device; give it memory with model.to_empty(device=...)"
+        )
     state, paths = {}, _find(str(source))
     for path in paths:
         state |= _read(path)
@@ -124,11 +126,11 @@ def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "ti
     from safetensors.torch import save_file
 
     path = Path(path)
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown; allowed are {', '.join(LAYOUTS)}")
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; allowed are {', '.join(_LAYOUTS)}")
     if path.suffix != ".safetensors":
         raise ValueError(f"path={str(path)!r} must end in .safetensors")
-    names, prefix = LAYOUTS[layout]
+    names, prefix = _LAYOUTS[layout]
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if names == "transformers":
         state = _to_transformers(state, len(model.blocks))
@@ -152,7 +154,9 @@ def _find(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        hint = f"; for a repository of the hub write {_HUB}{source}" if source.count("/") == 1 else ""
+        hint = (
+            f"; for a repository of the hub write {_HUB}{source}" if source.count("/") == 1 else ""
+        )
         raise FileNotFoundError(f"no file or folder {source!r}{hint}")
     files = _choose(lambda name: path / name if (path / name).is_file() else None)
     files = files or sorted(path.glob("*.safetensors"))
@@ -178,7 +182,7 @@ def _parts(index: Path) -> list[str]:
     """The names of the files that hold the tower, by the index of a sharded checkpoint."""
     try:
         where = json.loads(index.read_text())["weight_map"]
-        names, prefix = _tower(where, index.name)
+        _, prefix = _tower(where, index.name)
         parts = sorted({file for name, file in where.items() if name.startswith(prefix)})
         if any(Path(part).name != part for part in parts):
             raise ValueError("it names files outside its folder")
@@ -252,7 +256,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _tower(names: Iterable[str], where: str) -> tuple[str, str]:
     """Whose names these are, and the prefix of the image tower."""
-    found = [(layout, n.removesuffix(m)) for n in names for m, layout in _MARKS.items() if n.endswith(m)]
+    found = [
+        (layout, n.removesuffix(m)) for n in names for m, layout in _MARKS.items() if n.endswith(m)
+    ]
     if len(found) != 1:
         raise ValueError(
             f"{where} holds {len(found)} image towers; it must be one, with a tensor {' or '.join(_MARKS)}"
@@ -270,7 +276,7 @@ def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names to timm's; parts of a pair or triple that is not whole keep their names."""
+    """Rename from transformers to timm; parts of a pair or triple that is not whole keep their names."""
     back = [(new, old) for old, new in reversed(_RENAMES)]
     found = {_renamed(name, back): tensor for name, tensor in state.items()}
     for name in list(found):
@@ -290,7 +296,7 @@ def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _to_transformers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """timm's names to transformers'."""
+    """Rename from timm to transformers."""
     pooled = "attn_pool.latent" in state
     lacks = set(state) ^ set(_from_transformers_names(depth, pooled))
     if lacks:
@@ -313,13 +319,15 @@ def _to_transformers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def _from_transformers_names(depth: int, pooled: bool) -> list[str]:
-    """timm's names of all tensors that transformers' tower has."""
+    """List the tensors of transformers' tower under timm's names."""
     layers = ["patch_embed.proj", "norm"]
     for i in range(depth):
         parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
         layers += [f"blocks.{i}.{part}" for part in parts]
     if pooled:
-        layers += [f"attn_pool.{part}" for part in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2")]
+        layers += [
+            f"attn_pool.{part}" for part in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2")
+        ]
     names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     return names + ["pos_embed"] + ["attn_pool.latent"] * pooled
 
@@ -364,7 +372,9 @@ def _check(found: dict[str, Tensor], target: dict[str, Tensor], where: str) -> N
         if names
     ]
     if problems:
-        raise ValueError(f"{where} does not fit the model, which is unchanged. " + "; ".join(problems))
+        raise ValueError(
+            f"{where} does not fit the model, which is unchanged. " + "; ".join(problems)
+        )
 
 
 def _listed(names: Iterable[str], most: int = 20) -> str:

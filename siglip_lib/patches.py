@@ -79,7 +79,9 @@ class PatchEmbed(nn.Module):
         if self.dynamic_img_pad:
             x = F.pad(x, (0, columns * width - x.shape[3], 0, rows * height - x.shape[2]))
         x = x[:, :, : rows * height, : columns * width]
-        x = x.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, C, rows, p, cols, p)
+        x = x.unflatten(3, (columns, width)).unflatten(
+            2, (rows, height)
+        )  # (B, C, rows, p, cols, p)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C * p * p)
         return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))  # (B, N, D)
 
@@ -97,7 +99,9 @@ class PatchEmbed(nn.Module):
                 f"pictures are {size[0]} x {size[1]} pixels, the model is built for "
                 f"{self.img_size[0]} x {self.img_size[1]}; dynamic_img_size=True takes others"
             )
-        if not self.dynamic_img_pad and (size[0] % self.patch_size[0] or size[1] % self.patch_size[1]):
+        if not self.dynamic_img_pad and (
+            size[0] % self.patch_size[0] or size[1] % self.patch_size[1]
+        ):
             raise ValueError(
                 f"pictures are {size[0]} x {size[1]} pixels; both must be multiples of the patch, "
                 f"{self.patch_size[0]} x {self.patch_size[1]}; dynamic_img_pad=True fills up"

@@ -46,8 +46,8 @@ def create_siglip_vit(
         model_name: one of ``SIGLIP_CONFIGS``.
         image_size: height and width in pixels; the config's own if None.
         select_layer: how many blocks to keep: a number from 1 on, or a negative one, -1 for all, -2 without the last.
-        ckpt_path: weights of the whole tower, whatever ``select_layer`` keeps: a file, a folder or ``hf-hub:owner/name``,
-            see ``load_weights``; random ones if empty.
+        ckpt_path: weights of the whole tower, whatever ``select_layer`` keeps: a file, a folder or
+            ``hf-hub:owner/name``, see ``load_weights``; random ones if empty.
         **kwargs: further arguments of ``VisionTransformer``, such as ``ignore_head=True`` for the tokens that
             DeepSeek-VL2 takes.
 

@@ -281,7 +281,9 @@ class VisionTransformer(nn.Module):
         if reshape:
             grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
             patches = [p.transpose(1, 2).unflatten(2, grid).contiguous() for p in patches]
-        return tuple(zip(patches, prefixes, strict=True)) if return_prefix_tokens else tuple(patches)
+        return (
+            tuple(zip(patches, prefixes, strict=True)) if return_prefix_tokens else tuple(patches)
+        )
 
     def get_classifier(self) -> nn.Module:
         """Return the linear head."""
@@ -338,7 +340,8 @@ class VisionTransformer(nn.Module):
             The model itself.
 
         Raises:
-            ValueError: the rank is out of range, the splits do not add up to the depth, or the model is a stage already.
+            ValueError: the rank is out of range, the splits do not add up to the depth, or the model is a stage
+                already.
         """
         depth = len(self.blocks)
         if not self.is_first_stage or not self.is_last_stage:
@@ -375,7 +378,9 @@ class VisionTransformer(nn.Module):
         prefix = [t for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = [token.expand(x.shape[0], -1, -1) for token in prefix]
         if self.no_embed_class:
-            return self.pos_drop(torch.cat([*prefix, x + positions], dim=1) if prefix else x + positions)
+            return self.pos_drop(
+                torch.cat([*prefix, x + positions], dim=1) if prefix else x + positions
+            )
         return self.pos_drop((torch.cat([*prefix, x], dim=1) if prefix else x) + positions)
 
     def _check_pool(self, global_pool: str) -> None:

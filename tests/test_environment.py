@@ -18,7 +18,11 @@ CONDA = {
     if isinstance(entry, str) and (match := re.fullmatch(r"([\w-]+) ?(.*)", entry))
 }
 # what conda-forge calls otherwise, and what its packages bring along
-CONDA_NAMES = {"torch": "pytorch-gpu", "matplotlib": "matplotlib-base"}
+CONDA_NAMES = {
+    "torch": "pytorch-gpu",
+    "matplotlib": "matplotlib-base",
+    "huggingface-hub": "huggingface_hub",
+}
 CONDA_BRINGS = {"nvidia-cuda-runtime-cu12"}
 
 REQUIREMENTS = [
