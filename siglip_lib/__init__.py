@@ -7,7 +7,14 @@ from siglip_lib.block import Block
 from siglip_lib.checkpoints import LoadedWeights, load_weights, save_weights
 from siglip_lib.exercises import check_exercise
 from siglip_lib.layers import DropPath, LayerScale, Mlp
-from siglip_lib.measure import Timing, device_report, measure, package_version, pick_device
+from siglip_lib.measure import (
+    Timing,
+    device_report,
+    kernel_times,
+    measure,
+    package_version,
+    pick_device,
+)
 from siglip_lib.oracles import import_timm
 from siglip_lib.patches import PatchDropout, PatchEmbed, resample_abs_pos_embed
 from siglip_lib.plots import COLOURS, figure, picture, plot_histogram, show, show_attention
@@ -45,6 +52,7 @@ __all__ = [
     "figure",
     "import_timm",
     "init_weights_vit_timm",
+    "kernel_times",
     "load_weights",
     "measure",
     "named_apply",

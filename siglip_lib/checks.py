@@ -25,6 +25,15 @@ def count(name: str, value: int, least: int = 0) -> int:
     return value
 
 
+def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """Return ``value`` as (height, width), each an integer of at least 1; one number stands for both."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"{name}={value!r} must be one int or two: height and width")
+        return positive_int(name, value[0]), positive_int(name, value[1])
+    return positive_int(name, value), value
+
+
 def finite(name: str, value: float) -> float:
     """Return ``value`` if it is a finite number."""
     number(name, value)

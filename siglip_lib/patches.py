@@ -6,15 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siglip_lib.checks import positive_int, probability
-
-
-def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    """Return ``value`` as (height, width); one int stands for both."""
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2:
-        raise ValueError(f"{name}={value!r} must be one int or two: height and width")
-    return positive_int(name, both[0]), positive_int(name, both[1])
+from siglip_lib.checks import pair, positive_int, probability
 
 
 class PatchEmbed(nn.Module):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip_lib.checks import positive_int
+from siglip_lib.checks import pair
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,10 +51,7 @@ def preprocess(
     """
     from PIL import Image
 
-    sides = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
-    if len(sides) != 2:
-        raise ValueError(f"image_size={image_size!r} must be one int or two: height and width")
-    height, width = (positive_int("image_size", side) for side in sides)
+    height, width = pair("image_size", image_size)
     if isinstance(pictures, (list, tuple)):
         if not pictures:
             raise ValueError(f"pictures={pictures!r} is empty; it must hold at least one picture")
