@@ -43,6 +43,8 @@ _RENAMES = (
     (".self_attn.proj.", ".self_attn.out_proj."),
     ("norm.", "post_layernorm."),
     ("attn_pool.latent", "head.probe"),
+    ("attn_pool.q.", "head.attention.in_proj_"),
+    ("attn_pool.kv.", "head.attention.in_proj_"),
     ("attn_pool.proj.", "head.attention.out_proj."),
     ("attn_pool.norm.", "head.layernorm."),
     ("attn_pool.mlp.", "head.mlp."),
@@ -89,8 +91,8 @@ def load_weights(model: "VisionTransformer", source: str | Path) -> LoadedWeight
             message lists them, and the model is as it was.
         OSError: the hub cannot be reached; the message says what to download.
     """
-    target = model.state_dict()
-    if any(tensor.is_meta for tensor in target.values()):
+    ours = {name: [tensor] for name, tensor in model.state_dict().items()}
+    if any(tensor.is_meta for (tensor,) in ours.values()):
         raise ValueError(
             "model is on the meta device; give it memory with model.to_empty(device=...)"
         )
@@ -99,16 +101,19 @@ def load_weights(model: "VisionTransformer", source: str | Path) -> LoadedWeight
         state |= _read(path)
     where = paths[0].name if len(paths) == 1 else paths[0].parent.name
     names, prefix = _tower(state, where)
-    tower = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    found = _from_transformers(tower) if names == "transformers" else dict(tower)
-    resampled = _fit_positions(found, model)
-    _check(found, target, where)
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(found[name])
+    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if names == "transformers":
+        ours = _under_transformers_names(model.state_dict())
+    resampled = _fit_positions(found, ours, model)
+    _check(found, ours, where)
     if resampled:
         warnings.warn(_resampling(*resampled), stacklevel=2)
-    return LoadedWeights(names, prefix, len(tower), len(state) - len(tower), resampled)
+    with torch.no_grad():
+        for name, views in ours.items():
+            rows = found[name].split([len(view) for view in views])
+            for view, part in zip(views, rows, strict=True):
+                view.copy_(part)
+    return LoadedWeights(names, prefix, len(found), len(state) - len(found), resampled)
 
 
 def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "timm") -> None:
@@ -133,7 +138,8 @@ def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "ti
     names, prefix = _LAYOUTS[layout]
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if names == "transformers":
-        state = _to_transformers(state, len(model.blocks))
+        _check_transformers_has(state, len(model.blocks))
+        state = {k: torch.cat(views) for k, views in _under_transformers_names(state).items()}
     state = {prefix + name: tensor.contiguous() for name, tensor in state.items()}
     temporary = path.with_name(path.name + ".part")
     try:
@@ -154,17 +160,17 @@ def _find(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        hint = (
-            f"; for a repository of the hub write {_HUB}{source}" if source.count("/") == 1 else ""
-        )
-        raise FileNotFoundError(f"no file or folder {source!r}{hint}")
-    files = _choose(lambda name: path / name if (path / name).is_file() else None)
-    files = files or sorted(path.glob("*.safetensors"))
-    if not files or (len(files) > 1 and files == sorted(path.glob("*.safetensors"))):
         raise FileNotFoundError(
-            f"folder {source!r} holds no model.safetensors, no pytorch_model.bin and no index of either; "
-            "name the file itself"
+            f"no file or folder {source!r}; a repository of the hub is written {_HUB}owner/name"
         )
+    files = _choose(lambda name: path / name if (path / name).is_file() else None)
+    if not files:
+        files = list(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise FileNotFoundError(
+                f"folder {source!r} holds no model.safetensors, no pytorch_model.bin and no index of either, but "
+                f"{len(files)} other safetensors files; name the file itself"
+            )
     return files
 
 
@@ -174,7 +180,10 @@ def _choose(get: Callable[[str], Path | None]) -> list[Path]:
         if path := get(name):
             return [path]
         if index := get(f"{name}.index.json"):
-            return [_part(part, index, get) for part in _parts(index)]
+            parts = {part: get(part) for part in _parts(index)}
+            if lost := [part for part, path in parts.items() if path is None]:
+                raise FileNotFoundError(f"{index.name} names {_listed(lost)}, missing beside it")
+            return list(parts.values())
     return []
 
 
@@ -182,49 +191,43 @@ def _parts(index: Path) -> list[str]:
     """The names of the files that hold the tower, by the index of a sharded checkpoint."""
     try:
         where = json.loads(index.read_text())["weight_map"]
-        _, prefix = _tower(where, index.name)
-        parts = sorted({file for name, file in where.items() if name.startswith(prefix)})
-        if any(Path(part).name != part for part in parts):
+        if any(Path(file).name != file for file in where.values()):
             raise ValueError("it names files outside its folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index.name} is no index of a sharded checkpoint: {error}") from error
-    return parts
-
-
-def _part(name: str, index: Path, get: Callable[[str], Path | None]) -> Path:
-    path = get(name)
-    if path is None:
-        raise FileNotFoundError(f"{index.name} names {name}, which is missing beside it")
-    return path
+        raise ValueError(f"{index.name} is no index of a sharded checkpoint: {error!r}") from error
+    _, prefix = _tower(where, index.name)
+    return sorted({file for name, file in where.items() if name.startswith(prefix)})
 
 
 def _find_on_hub(repository: str) -> list[Path]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    """The files of a repository, fetched; without a connection, those that were fetched before."""
+    from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
 
-    unreachable: list[Exception] = []
+    offline = None
+    try:
+        # fails at once where a download would try for 20 seconds
+        there = {file.rfilename for file in model_info(repository).siblings}
+    except Exception as error:  # its class depends on the cause and the version
+        offline = error
 
     def get(name: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(repository, name))
-        except LocalEntryNotFoundError as error:  # no connection, and not fetched before
-            unreachable.append(error)
-        except EntryNotFoundError:
-            pass
-        return None
+        if offline is None:
+            return Path(hf_hub_download(repository, name)) if name in there else None
+        cached = try_to_load_from_cache(repository, name)
+        return Path(cached) if isinstance(cached, str) else None
 
     try:
-        files = _choose(get)
-    except OSError as error:
-        files, unreachable = [], [*unreachable, error]
-    if files:
-        return files
-    if unreachable:
-        raise OSError(
-            f"cannot fetch {repository!r} from the hub ({type(unreachable[-1]).__name__}). Download its "
-            "model.safetensors, or the index and the parts that it names, into a folder, and give that folder's path"
-        ) from unreachable[-1]
-    raise FileNotFoundError(f"repository {repository!r} holds no weights that are known here")
+        if files := _choose(get):
+            return files
+        raise FileNotFoundError(f"repository {repository!r} holds no weights that are known here")
+    except FileNotFoundError:
+        if offline is None:
+            raise
+    raise OSError(
+        f"cannot fetch {repository!r} from the hub ({type(offline).__name__}), and it was not fetched before. Download "
+        "its model.safetensors, or its model.safetensors.index.json and the parts that this names, into a folder, and "
+        "give that folder's path"
+    ) from offline
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -241,12 +244,14 @@ def _read(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path.name} is no checkpoint, or holds more than tensors") from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path.name} is truncated or no checkpoint: {error}") from error
+    except Exception as error:  # garbage can lead the unpickler into any
+        raise ValueError(f"{path.name} is truncated or no checkpoint: {error!r}") from error
     for key in ("state_dict", "model"):  # what training scripts wrap it in
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise ValueError(f"{path.name} holds no dict of tensors by name")
     return state
 
@@ -266,97 +271,71 @@ def _tower(names: Iterable[str], where: str) -> tuple[str, str]:
     return found[0]
 
 
-def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
-    for old, new in pairs:
-        if old.startswith("."):
-            name = name.replace(old, new)
-        elif name.startswith(old):
-            name = new + name.removeprefix(old)
-    return name
+def _under_transformers_names(state: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Views of timm's tensors by transformers' names; where one there is two here, both, in the order of their rows.
 
-
-def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename from transformers to timm; parts of a pair or triple that is not whole keep their names."""
-    back = [(new, old) for old, new in reversed(_RENAMES)]
-    found = {_renamed(name, back): tensor for name, tensor in state.items()}
-    for name in list(found):
-        if ".attn.q_proj." in name:
-            parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
-            if all(part in found for part in parts):
-                found[name.replace("q_proj", "qkv")] = torch.cat([found.pop(p) for p in parts])
-    for kind in ("weight", "bias"):
-        joined = found.pop(f"head.attention.in_proj_{kind}", None)
-        if joined is not None:
-            third = joined.shape[0] // 3
-            found[f"attn_pool.q.{kind}"] = joined[:third]
-            found[f"attn_pool.kv.{kind}"] = joined[third:]
-    if "pos_embed" in found:
-        found["pos_embed"] = found["pos_embed"][None]  # (N, D) to (1, N, D)
+    What transformers lacks keeps its name or gets one that transformers lacks too.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for name, tensor in state.items():
+        views = {name: tensor[0] if name == "pos_embed" else tensor}  # theirs is (N, D)
+        if ".attn.qkv." in name:
+            parts = [name.replace("qkv", f"{part}_proj") for part in "qkv"]
+            views = dict(zip(parts, tensor.chunk(3), strict=True))
+        for renamed, view in views.items():
+            for old, new in _RENAMES:
+                if old.startswith("."):
+                    renamed = renamed.replace(old, new)
+                elif renamed.startswith(old):
+                    renamed = new + renamed.removeprefix(old)
+            found.setdefault(renamed, []).append(view)
     return found
 
 
-def _to_transformers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Rename from timm to transformers."""
+def _check_transformers_has(state: dict[str, Tensor], depth: int) -> None:
+    """Refuse a tower, under timm's names, that is not what transformers builds."""
     pooled = "attn_pool.latent" in state
-    lacks = set(state) ^ set(_from_transformers_names(depth, pooled))
-    if lacks:
+    block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    pool = ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2") if pooled else ()
+    layers = ["patch_embed.proj", "norm", *(f"attn_pool.{layer}" for layer in pool)]
+    layers += [f"blocks.{i}.{layer}" for i in range(depth) for layer in block]
+    theirs = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} | {"pos_embed"}
+    theirs |= {"attn_pool.latent"} if pooled else set()
+    if differs := state.keys() ^ theirs:
         raise ValueError(
             "transformers' SiglipVisionModel has no class token, no LayerScale, no qk-norm, no classifier, and a bias "
-            f"everywhere; it differs in {_listed(lacks)}"
+            f"everywhere; it differs in {_listed(differs)}"
         )
-    found = {}
-    for name, tensor in state.items():
-        if ".attn.qkv." in name:
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                found[_renamed(name.replace("qkv", f"{part}_proj"), _RENAMES)] = rows
-        elif not name.startswith(("attn_pool.q.", "attn_pool.kv.")):
-            found[_renamed(name, _RENAMES)] = tensor
-    for kind in ("weight", "bias") if pooled else ():
-        joined = torch.cat([state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"]])
-        found[f"head.attention.in_proj_{kind}"] = joined
-    found["embeddings.position_embedding.weight"] = state["pos_embed"][0]  # (N, D)
-    return found
-
-
-def _from_transformers_names(depth: int, pooled: bool) -> list[str]:
-    """List the tensors of transformers' tower under timm's names."""
-    layers = ["patch_embed.proj", "norm"]
-    for i in range(depth):
-        parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-        layers += [f"blocks.{i}.{part}" for part in parts]
-    if pooled:
-        layers += [
-            f"attn_pool.{part}" for part in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2")
-        ]
-    names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
-    return names + ["pos_embed"] + ["attn_pool.latent"] * pooled
 
 
 # --- the check, before anything is copied ---
 
 
 def _fit_positions(
-    found: dict[str, Tensor], model: "VisionTransformer"
+    found: dict[str, Tensor], ours: dict[str, list[Tensor]], model: "VisionTransformer"
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Resample the position embeddings if only their grid differs; return the old and the new grid."""
-    old, wanted = found.get("pos_embed"), model.pos_embed
-    grid = model.patch_embed.grid_size
-    prefix = wanted.shape[1] - grid[0] * grid[1]
-    if old is None or old.ndim != 3 or old.shape == wanted.shape or old.shape[2] != wanted.shape[2]:
+    name = "pos_embed" if "pos_embed" in ours else "embeddings.position_embedding.weight"
+    if name not in found or name not in ours:
         return None
-    side = math.isqrt(max(old.shape[1] - prefix, 0))
-    if side * side + prefix != old.shape[1] or side == 0:
-        return None  # no square: the check will name the shape
-    found["pos_embed"] = resample_abs_pos_embed(old, grid, (side, side), prefix)
+    old, (wanted,), grid = found[name], ours[name], model.patch_embed.grid_size
+    prefix = wanted.shape[-2] - grid[0] * grid[1]
+    side = math.isqrt(max(old.shape[-2] - prefix, 0)) if old.ndim == wanted.ndim else 0
+    square = (*wanted.shape[:-2], side**2 + prefix, wanted.shape[-1])
+    if side == 0 or old.shape == wanted.shape or old.shape != square:
+        return None  # equal, or the check will name the shape
+    old = old.view(1, *old.shape[-2:])  # transformers' is (N, D)
+    found[name] = resample_abs_pos_embed(old, grid, (side, side), prefix).view_as(wanted)
     return (side, side), grid
 
 
-def _check(found: dict[str, Tensor], target: dict[str, Tensor], where: str) -> None:
-    missing, unexpected = target.keys() - found.keys(), found.keys() - target.keys()
+def _check(found: dict[str, Tensor], ours: dict[str, list[Tensor]], where: str) -> None:
+    shapes = {name: (sum(map(len, views)), *views[0].shape[1:]) for name, views in ours.items()}
+    missing, unexpected = ours.keys() - found.keys(), found.keys() - ours.keys()
     wrong = {
-        f"{name} {tuple(found[name].shape)}, not {tuple(target[name].shape)}"
-        for name in target.keys() & found.keys()
-        if found[name].shape != target[name].shape
+        f"{name} {tuple(found[name].shape)}, not {shapes[name]}"
+        for name in ours.keys() & found.keys()
+        if found[name].shape != shapes[name]
     }
     integer = {
         f"{name} {tensor.dtype}" for name, tensor in found.items() if not tensor.is_floating_point()

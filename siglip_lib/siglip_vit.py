@@ -60,10 +60,6 @@ def create_siglip_vit(
             f"model_name={model_name!r} is unknown; allowed are {', '.join(SIGLIP_CONFIGS)}"
         )
     config = SIGLIP_CONFIGS[model_name]
-    if not 1 <= abs(select_layer) <= config.layers:
-        raise ValueError(
-            f"select_layer={select_layer}; allowed are 1 to {config.layers} and -{config.layers} to -1"
-        )
     arguments: dict[str, object] = dict(
         img_size=config.image_size if image_size is None else image_size,
         patch_size=config.patch_size,
@@ -75,13 +71,19 @@ def create_siglip_vit(
         global_pool="map",
         num_classes=0,
     )
+    arguments |= kwargs
+    depth = arguments["depth"]
+    if not 1 <= abs(select_layer) <= depth:
+        raise ValueError(
+            f"select_layer={select_layer}; allowed are 1 to {depth} and -{depth} to -1"
+        )
     if ckpt_path:
         # weights that will be overwritten need not be drawn
         with torch.device("meta"):
-            model = VisionTransformer(**(arguments | kwargs))
+            model = VisionTransformer(**arguments)
         load_weights(model.to_empty(device=torch.get_default_device()), ckpt_path)
     else:
-        model = VisionTransformer(**(arguments | kwargs))
-    keep = select_layer if select_layer > 0 else config.layers + select_layer + 1
+        model = VisionTransformer(**arguments)
+    keep = select_layer if select_layer > 0 else depth + select_layer + 1
     model.blocks = model.blocks[:keep]
     return model

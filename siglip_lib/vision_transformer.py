@@ -304,7 +304,8 @@ class VisionTransformer(nn.Module):
             if global_pool != "map":
                 self.attn_pool = None
         self.num_classes = num_classes
-        like = dict(device=self.pos_embed.device, dtype=self.pos_embed.dtype)
+        some = next(self.parameters())
+        like = dict(device=some.device, dtype=some.dtype)
         self.head = nn.Linear(self.embed_dim, num_classes, **like) if num_classes else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 from transformers import SiglipImageProcessor, SiglipImageProcessorPil
+from transformers.image_transforms import convert_to_rgb
 
 from siglip_lib.plots import PICTURES, picture
 from siglip_lib.preprocess import MODES, preprocess
@@ -20,7 +21,13 @@ BITS_8 = [mode for mode in MODES if not mode.startswith("I;16")]
 ORIENTATION = 0x112  # the tag's number in EXIF
 
 
+# transformers lays transparent pictures on white from some 5.x on
+ON_WHITE = convert_to_rgb(Image.new("RGBA", (1, 1))).getpixel((0, 0)) == (255, 255, 255)
+
+
 def theirs(image, size=384, kind=SiglipImageProcessorPil) -> torch.Tensor:
+    if not ON_WHITE and ("A" in image.getbands() or "transparency" in image.info):
+        pytest.skip("this version of transformers drops the alpha channel")
     height, width = size if isinstance(size, tuple) else (size, size)
     processor = kind(size={"height": height, "width": width})
     return processor(image, return_tensors="pt")["pixel_values"]

@@ -1,16 +1,17 @@
-"""The fused linear layer and GELU: taken where it may be, right to rounding, whole under torch.compile."""
+"""Linear layers of the MLP on a GPU: fused where they may be, right to rounding, whole under torch.compile."""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_close, outputs_and_gradients
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from siglip_lib import Mlp
 from siglip_lib.layers import GELU_TANH
-from siglip_lib.linear_gelu import can_fuse_linear_gelu
+from siglip_lib.linear import can_fuse_linear_gelu
 
 OP = torch.ops.siglip_lib.linear_gelu.default
 
@@ -71,13 +72,13 @@ def test_counts_its_flops():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 72), (3, 7, 72), (2, 729, 72)])
-def test_is_nearer_to_float64_than_two_kernels(shape, dtype, gpu):
-    mlp = Mlp(72, 300, act_layer=GELU_TANH).to(gpu, dtype).eval()
+@pytest.mark.parametrize("shape", [(1, 72), (3, 7, 72), (2, 729, 1152)])
+def test_is_as_near_to_float64_as_two_kernels(shape, dtype, gpu):
+    mlp = Mlp(shape[-1], 4304, act_layer=GELU_TANH).to(gpu, dtype).eval()
     x = torch.randn(shape, device=gpu, dtype=dtype)
     with torch.no_grad():
         fused, apart = (error(mlp, x, hook) for hook in (False, True))
-    assert fused <= 1.05 * apart
+    assert fused <= 1.1 * apart
 
 
 def error(mlp: Mlp, x: torch.Tensor, hook: bool) -> float:
@@ -115,3 +116,11 @@ def test_training_takes_two_kernels_and_has_gradients(gpu):
     x = torch.randn(2, 5, 64, device=gpu, dtype=torch.bfloat16)
     mlp(x).sum().backward()
     assert all(parameter.grad.any() for parameter in mlp.parameters())
+
+
+def test_training_code_compiled_for_a_gpu_gives_the_same(gpu):
+    mlp = Mlp(64, 256, act_layer=GELU_TANH).to(gpu)
+    x = torch.randn(2, 5, 64, device=gpu, requires_grad=True)
+    found = outputs_and_gradients(torch.compile(mlp, fullgraph=True), x)
+    expected = outputs_and_gradients(mlp, x)
+    assert_close({k.removeprefix("_orig_mod."): v for k, v in found.items()}, expected)
