@@ -15,7 +15,7 @@ from siglip_lib.measure import (
     package_version,
     pick_device,
 )
-from siglip_lib.oracles import import_timm
+from siglip_lib.oracles import import_timm, import_transformers
 from siglip_lib.patches import PatchDropout, PatchEmbed, resample_abs_pos_embed
 from siglip_lib.plots import COLOURS, figure, picture, plot_histogram, show, show_attention
 from siglip_lib.preprocess import preprocess
@@ -51,6 +51,7 @@ __all__ = [
     "device_report",
     "figure",
     "import_timm",
+    "import_transformers",
     "init_weights_vit_timm",
     "kernel_times",
     "load_weights",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from siglip_lib.attention import attention_weights
 from siglip_lib.backends import attend, check_backend_name
-from siglip_lib.checks import positive_int, probability
+from siglip_lib.checks import finite, positive_int, probability
 from siglip_lib.layers import GELU_TANH, Mlp
 from siglip_lib.trunc_normal import trunc_normal_
 
@@ -70,6 +70,9 @@ class AttentionPoolLatent(nn.Module):
                 raise ValueError(f"{name}={value!r} is unknown; allowed are {allowed}")
         if pos_embed and feat_size is None:
             raise ValueError("pos_embed='abs' needs feat_size, the number of tokens")
+        if feat_size is not None:
+            positive_int("feat_size", feat_size)
+        finite("mlp_ratio", mlp_ratio)
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.pool_type = pool_type

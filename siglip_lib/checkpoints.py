@@ -86,13 +86,13 @@ def load_weights(model: "VisionTransformer", source: str | Path) -> LoadedWeight
         What was found and done.
 
     Raises:
-        FileNotFoundError: there is no such file or folder, or no weights in it.
+        FileNotFoundError: there is no such file or folder, no weights in it, or a part is missing.
         ValueError: a file is truncated or malformed, or a tensor is missing, unexpected or of the wrong shape; the
             message lists them, and the model is as it was.
         OSError: the hub cannot be reached; the message says what to download.
     """
-    ours = {name: [tensor] for name, tensor in model.state_dict().items()}
-    if any(tensor.is_meta for (tensor,) in ours.values()):
+    weights = model.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()):
         raise ValueError(
             "model is on the meta device; give it memory with model.to_empty(device=...)"
         )
@@ -102,8 +102,9 @@ def load_weights(model: "VisionTransformer", source: str | Path) -> LoadedWeight
     where = paths[0].name if len(paths) == 1 else paths[0].parent.name
     names, prefix = _tower(state, where)
     found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    ours = {name: [tensor] for name, tensor in weights.items()}
     if names == "transformers":
-        ours = _under_transformers_names(model.state_dict())
+        ours = _under_transformers_names(weights)
     resampled = _fit_positions(found, ours, model)
     _check(found, ours, where)
     if resampled:
@@ -143,7 +144,7 @@ def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "ti
     state = {prefix + name: tensor.contiguous() for name, tensor in state.items()}
     temporary = path.with_name(path.name + ".part")
     try:
-        save_file(state, temporary, metadata={"format": "pt"})  # transformers asks for the format
+        save_file(state, temporary, metadata={"format": "pt"})  # transformers 4.x asks for it
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

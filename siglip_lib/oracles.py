@@ -1,4 +1,4 @@
-"""timm as an oracle: the library whose components the notebooks and tests compare with their own."""
+"""timm and transformers as oracles: the libraries that the notebooks and tests compare with their own."""
 
 import importlib
 import importlib.util
@@ -21,6 +21,14 @@ def import_timm() -> ModuleType:
     import timm
 
     return timm
+
+
+def import_transformers() -> ModuleType:
+    """Import transformers, also where torchvision can't load its operators; see ``import_timm``."""
+    declare_torchvision_operators()
+    import transformers
+
+    return transformers
 
 
 def declare_torchvision_operators() -> None:

@@ -1,5 +1,6 @@
 """AttentionPoolLatent: timm's is the oracle, with the activation that SigLIP's weights were trained with."""
 
+import math
 from functools import partial
 
 import pytest
@@ -148,9 +149,11 @@ def test_half_precision(qk_norm, device):
         ({"latent_len": 0}, ValueError, "latent_len=0 must be at least 1"),
         ({"latent_dim": 0}, ValueError, "latent_dim=0 must be at least 1"),
         ({"pos_embed": "abs"}, ValueError, "pos_embed='abs' needs feat_size"),
+        ({"pos_embed": "abs", "feat_size": 0}, ValueError, "feat_size=0 must be at least 1"),
         ({"pos_embed": "rel"}, ValueError, "pos_embed='rel' is unknown; allowed are ('', 'abs')"),
         ({"pool_type": "max"}, ValueError, "pool_type='max' is unknown; allowed are ('token', 'a"),
         ({"drop": 1.0}, ValueError, "drop=1.0 must lie in [0, 1)"),
+        ({"mlp_ratio": math.inf}, ValueError, "mlp_ratio=inf must be finite"),
         ({"mlp_ratio": 0.01}, ValueError, "hidden_features=0 must be at least 1"),
         ({"backend": "flash"}, ValueError, "backend='flash' is unknown; allowed are auto, cudnn"),
     ],

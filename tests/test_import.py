@@ -64,6 +64,8 @@ def test_has_a_docstring(name):
     assert inspect.getmodule(getattr(siglip_lib, name)).__doc__
 
 
-def test_import_timm():
-    assert siglip_lib.import_timm() is sys.modules["timm"]
-    assert siglip_lib.import_timm().__version__
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+def test_import_of_an_oracle(name):
+    found = getattr(siglip_lib, f"import_{name}")()
+    assert found is sys.modules[name]
+    assert found.__version__

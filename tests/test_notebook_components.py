@@ -22,7 +22,15 @@ MODULES = [
     ("06", "MyBlock", "Block", {"dim": 24, "num_heads": 3, "init_values": 0.3, "drop_path": 0.4}),
     ("06", "MyBlock", "Block", {"dim": 24, "num_heads": 3, "qkv_bias": True, "qk_norm": True}),
 ]
-FUNCTIONS = {"01": ["my_trunc_normal_"], "02": ["my_named_apply", "my_init_weights"]}
+PICTURES = [  # for modules that take pictures
+    {"img_size": 20, "patch_size": 6, "embed_dim": 8},
+    {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "bias": False},
+]
+FUNCTIONS = {
+    "01": ["my_trunc_normal_"],
+    "02": ["my_named_apply", "my_init_weights"],
+    "07": ["MyPatchEmbed", "my_weights", "my_resample"],
+}
 
 
 def notebooks_own(number: str, *names: str) -> dict:
@@ -48,6 +56,27 @@ def test_module_equals_the_library(number, mine, library, arguments, training):
         torch.manual_seed(1)  # DropPath draws
         found.append(outputs_and_gradients(module, x))
     assert_close(*found)
+
+
+@pytest.mark.parametrize("arguments", PICTURES)
+def test_patch_embedding_equals_the_library(arguments):
+    mine = notebooks_own("07", "cut", "MyPatchEmbed")["MyPatchEmbed"](**arguments).double()
+    library = siglip_lib.PatchEmbed(**arguments).double()
+    mine.load_state_dict(randomized(library).state_dict(), strict=True)
+    size = arguments["img_size"]
+    x = torch.randn(2, arguments.get("in_chans", 3), size, size, dtype=torch.float64)
+    assert_close(outputs_and_gradients(mine, x), outputs_and_gradients(library, x))
+    for module in (mine, library):
+        with pytest.raises(ValueError, match="built for"):
+            module(x[..., 1:])
+
+
+@pytest.mark.parametrize("new", [3, 7, 11, 12, 30])
+def test_resampling_equals_the_library(new):
+    my_resample = notebooks_own("07", "cubic", "my_weights", "my_resample")["my_resample"]
+    positions = torch.randn(1, 121, 5)
+    library = siglip_lib.resample_abs_pos_embed(positions, (new, new), num_prefix_tokens=0)
+    torch.testing.assert_close(my_resample(positions, new), library, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

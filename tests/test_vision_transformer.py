@@ -28,6 +28,7 @@ from siglip_lib import (
     create_siglip_vit,
     save_weights,
     trunc_normal,
+    vision_transformer,
 )
 
 SMALL = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -368,12 +369,14 @@ def test_recomputing_keeps_fewer_tensors():
     assert kept(4) < kept(2) < kept(0)
 
 
-def test_nothing_is_recomputed_without_gradients():
-    model, runs = small(num_recomputing_layers=2), []
-    model.blocks[0].register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+def test_no_checkpoint_without_gradients_or_while_evaluating(monkeypatch):
+    monkeypatch.delattr(vision_transformer, "checkpoint")
+    model, x = small(num_recomputing_layers=2), pictures()
     with torch.no_grad():
-        model(pictures())
-    assert runs == [False]
+        model(x)
+    model.eval()(x)
+    with pytest.raises(NameError):
+        model.train()(x)
 
 
 def test_gradient_checkpointing_is_all_blocks_or_none():
