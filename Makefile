@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 PORT  ?= 8888
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.cfg --nbval-cell-timeout=120
 
-.PHONY: lab test lint unit notebooks outputs measured clean
+.PHONY: lab test lint unit notebooks slow outputs measured speed clean
 
 lab: $(VENV)/ready
 	@exec .ci/lab $(BIN) $(PORT)
@@ -21,11 +21,17 @@ unit: $(VENV)/ready
 notebooks: $(VENV)/ready
 	$(BIN)/pytest $(NBVAL) --durations=0 notebooks
 
+slow: $(VENV)/ready  ## SO400M at full size against timm and transformers: minutes, 12 GB of memory, 8 GB of disk
+	$(BIN)/pytest -m slow --durations=0 tests
+
 outputs: $(VENV)/ready  ## on a GPU: run every notebook and store what it shows
 	$(BIN)/python tests/store_outputs.py notebooks/*.ipynb
 
 measured: $(VENV)/ready  ## on a CPU: run every notebook and store only its time and memory
 	$(BIN)/python tests/store_outputs.py --only-figures notebooks/*.ipynb
+
+speed: $(VENV)/ready  ## on a GPU: time SO400M beside timm and transformers, 8 minutes
+	$(BIN)/python tests/speed_of_tower.py
 
 clean:
 	rm -rf $(VENV)

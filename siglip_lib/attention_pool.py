@@ -114,7 +114,12 @@ class AttentionPoolLatent(nn.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project and split: x (B, N, D) to q (B, latents, heads, head_dim), k and v (B, N, heads, head_dim)."""
+        width = self.kv.in_features
+        if x.ndim != 3 or x.shape[-1] != width:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, {width})")
         if self.pos_embed is not None:
+            if len(self.pos_embed) != x.shape[1]:
+                raise ValueError(f"x has {x.shape[1]} tokens; feat_size is {len(self.pos_embed)}")
             x = x + self.pos_embed.to(x.dtype)
         q = self.q(self.latent).unflatten(-1, (self.num_heads, self.head_dim))
         q = q.expand(x.shape[0], -1, -1, -1)  # the queries are the same for every picture

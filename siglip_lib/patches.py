@@ -47,7 +47,9 @@ class PatchEmbed(nn.Module):
         self.patch_size = pair("patch_size", patch_size)
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
-        self.grid_size = self.dynamic_feat_size(self.img_size)
+        # of sizes that vary, this is the grid of the position embeddings: whole patches, as timm counts
+        whole = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
+        self.grid_size = self.dynamic_feat_size(self.img_size) if strict_img_size else whole
         if 0 in self.grid_size:
             raise ValueError(f"img_size={img_size!r} holds no patch of {patch_size!r} pixels")
         self.num_patches = self.grid_size[0] * self.grid_size[1]

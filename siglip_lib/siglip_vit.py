@@ -73,7 +73,7 @@ def create_siglip_vit(
     )
     arguments |= kwargs
     depth = arguments["depth"]
-    if not 1 <= abs(select_layer) <= depth:
+    if type(select_layer) is not int or not 1 <= abs(select_layer) <= depth:
         raise ValueError(
             f"select_layer={select_layer}; allowed are 1 to {depth} and -{depth} to -1"
         )

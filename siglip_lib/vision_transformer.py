@@ -263,8 +263,11 @@ class VisionTransformer(nn.Module):
             norm: apply the last norm.
 
         Raises:
-            ValueError: a block that is not there, or a grid while patches are being dropped.
+            ValueError: a block that is not there, a grid while patches are being dropped, or the model is one stage of
+                a pipeline.
         """
+        if not (self.is_first_stage and self.is_last_stage):
+            raise ValueError("get_intermediate_layers needs the whole model, not a stage of it")
         depth = len(self.blocks)
         wanted = range(depth - n, depth) if isinstance(n, int) else list(n)
         for i in [*wanted] or [depth]:
@@ -293,8 +296,11 @@ class VisionTransformer(nn.Module):
         """Replace the linear head by a new one, and the pooling if ``global_pool`` is given.
 
         Raises:
-            ValueError: ``map`` is asked for and the model was built without it, or ``token`` without a class token.
+            ValueError: ``map`` is asked for and the model was built without it, ``token`` without a class token, or the
+                model is a stage of a pipeline that has no head.
         """
+        if not self.is_last_stage:
+            raise ValueError("only the last stage of a pipeline has a classifier")
         count("num_classes", num_classes)
         if global_pool is not None:
             self._check_pool(global_pool)

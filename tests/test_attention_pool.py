@@ -1,6 +1,7 @@
 """AttentionPoolLatent: timm's is the oracle, with the activation that SigLIP's weights were trained with."""
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -140,24 +141,39 @@ def test_half_precision(qk_norm, device):
     torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.05)
 
 
+WRONG = [
+    ({"in_features": 10}, ValueError, "in_features=10 must be a multiple of num_heads=4"),
+    ({"in_features": 8.0}, TypeError, "in_features=8.0 must be an int, not float"),
+    ({"num_heads": 0}, ValueError, "num_heads=0 must be at least 1"),
+    ({"latent_len": 0}, ValueError, "latent_len=0 must be at least 1"),
+    ({"latent_dim": 0}, ValueError, "latent_dim=0 must be at least 1"),
+    ({"pos_embed": "abs"}, ValueError, "pos_embed='abs' needs feat_size"),
+    ({"pos_embed": "abs", "feat_size": 0}, ValueError, "feat_size=0 must be at least 1"),
+    ({"pos_embed": "rel"}, ValueError, "pos_embed='rel' is unknown; allowed are ('', 'abs')"),
+    ({"pool_type": "max"}, ValueError, "pool_type='max' is unknown; allowed are ('token', 'a"),
+    ({"drop": 1.0}, ValueError, "drop=1.0 must lie in [0, 1)"),
+    ({"mlp_ratio": math.inf}, ValueError, "mlp_ratio=inf must be finite"),
+    ({"mlp_ratio": 0.01}, ValueError, "hidden_features=0 must be at least 1"),
+    ({"backend": "flash"}, ValueError, "backend='flash' is unknown; allowed are auto, cudnn"),
+]
+
+
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "shape", "message"),
     [
-        ({"in_features": 10}, ValueError, "in_features=10 must be a multiple of num_heads=4"),
-        ({"in_features": 8.0}, TypeError, "in_features=8.0 must be an int, not float"),
-        ({"num_heads": 0}, ValueError, "num_heads=0 must be at least 1"),
-        ({"latent_len": 0}, ValueError, "latent_len=0 must be at least 1"),
-        ({"latent_dim": 0}, ValueError, "latent_dim=0 must be at least 1"),
-        ({"pos_embed": "abs"}, ValueError, "pos_embed='abs' needs feat_size"),
-        ({"pos_embed": "abs", "feat_size": 0}, ValueError, "feat_size=0 must be at least 1"),
-        ({"pos_embed": "rel"}, ValueError, "pos_embed='rel' is unknown; allowed are ('', 'abs')"),
-        ({"pool_type": "max"}, ValueError, "pool_type='max' is unknown; allowed are ('token', 'a"),
-        ({"drop": 1.0}, ValueError, "drop=1.0 must lie in [0, 1)"),
-        ({"mlp_ratio": math.inf}, ValueError, "mlp_ratio=inf must be finite"),
-        ({"mlp_ratio": 0.01}, ValueError, "hidden_features=0 must be at least 1"),
-        ({"backend": "flash"}, ValueError, "backend='flash' is unknown; allowed are auto, cudnn"),
+        ({}, (2, 5, 15), "x has shape (2, 5, 15); it must be (B, N, 16)"),
+        ({}, (5, 16), "x has shape (5, 16); it must be (B, N, 16)"),
+        ({"pos_embed": "abs", "feat_size": 1}, (2, 5, 16), "x has 5 tokens; feat_size is 1"),
     ],
 )
+def test_wrong_inputs(options, shape, message):
+    pool = AttentionPoolLatent(16, 4, **options)
+    for call in (pool, pool.attention_map):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("options", "error", "message"), WRONG)
 def test_wrong_arguments(options, error, message):
     with pytest.raises(error) as caught:
         AttentionPoolLatent(**({"in_features": 16, "num_heads": 4} | options))

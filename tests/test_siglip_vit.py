@@ -89,7 +89,7 @@ def test_keeps_the_selected_layers(select_layer, kept):
     assert len(model.blocks) == kept
 
 
-@pytest.mark.parametrize("select_layer", [0, 28, -28, -40])
+@pytest.mark.parametrize("select_layer", [0, 28, -28, -40, 2.5, True])
 def test_layers_out_of_range(select_layer):
     message = f"select_layer={select_layer}; allowed are 1 to 27 and -27 to -1"
     with torch.device("meta"), pytest.raises(ValueError, match=message):

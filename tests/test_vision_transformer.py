@@ -109,6 +109,14 @@ def test_is_timms_at_other_sizes(size, pad, prefix, device):
     assert_same(ours.double().to(device), theirs.double().to(device), x)
 
 
+def test_padded_sizes_that_vary_keep_timms_positions():
+    # 27 pixels hold 3 whole patches of 8 on a side; a fourth is filled up when a picture comes
+    options = MAP | {"img_size": 27, "dynamic_img_size": True, "dynamic_img_pad": True}
+    ours, theirs = small(**options).double(), timms(**options).double()
+    assert ours.pos_embed.shape == (1, 9, ours.embed_dim)
+    assert_same(ours, theirs, pictures(27, 27, dtype=torch.float64))
+
+
 def test_is_timms_with_the_exact_gelu():
     x = pictures(dtype=torch.float64)
     assert_same(small(act_layer=nn.GELU).double(), timms(act_layer=None).double(), x)
@@ -705,6 +713,15 @@ def test_stages_that_cannot_be(arguments, message):
     with pytest.raises(ValueError, match="pp_") as caught:
         small().to_pipeline(*arguments)
     assert message in str(caught.value)
+
+
+def test_a_stage_refuses_what_needs_the_whole():
+    first, last = (small(**MAP).to_pipeline(2, rank) for rank in range(2))
+    with pytest.raises(ValueError, match="only the last stage of a pipeline has a classifier"):
+        first.reset_classifier(5)
+    for stage, x in ((first, pictures()), (last, torch.zeros(1, 9, last.embed_dim))):
+        with pytest.raises(ValueError, match="needs the whole model"):
+            stage.get_intermediate_layers(x)
 
 
 def test_a_stage_is_not_divided_again():
