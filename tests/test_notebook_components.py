@@ -30,6 +30,7 @@ FUNCTIONS = {
     "01": ["my_trunc_normal_"],
     "02": ["my_named_apply", "my_init_weights"],
     "07": ["MyPatchEmbed", "my_weights", "my_resample"],
+    "08": ["MyPool", "MyTower"],
 }
 
 
@@ -69,6 +70,18 @@ def test_patch_embedding_equals_the_library(arguments):
     for module in (mine, library):
         with pytest.raises(ValueError, match="built for"):
             module(x[..., 1:])
+
+
+def test_tower_equals_the_library():
+    own = notebooks_own("08", "norm_layer", "tanh_gelu", "MyPool", "MyTower")
+    sizes = dict(img_size=30, patch_size=7, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2.5)
+    mine = own["MyTower"](**sizes).double()
+    library = siglip_lib.VisionTransformer(
+        **sizes, class_token=False, global_pool="map", num_classes=0
+    ).double()
+    mine.load_state_dict(randomized(library).state_dict(), strict=True)
+    x = torch.randn(2, 3, 30, 30, dtype=torch.float64)
+    assert_close(outputs_and_gradients(mine, x), outputs_and_gradients(library, x))
 
 
 @pytest.mark.parametrize("new", [3, 7, 11, 12, 30])
