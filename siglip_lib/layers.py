@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_lib.checks import finite, positive_int, probability
-from siglip_lib.linear import can_fuse_linear_gelu, fused_linear_gelu, linear_before_residual
+from siglip_lib.linear import can_fuse_linear_gelu, fused_linear_gelu
 
 GELU_TANH = partial(nn.GELU, approximate="tanh")  # SigLIP's activation
 
@@ -121,4 +121,4 @@ class Mlp(nn.Module):
         fused = can_fuse_linear_gelu(self.fc1, self.act, x)
         x = fused_linear_gelu(self.fc1, x) if fused else self.act(self.fc1(x))  # (..., hidden)
         x = self.drop1(x)
-        return self.drop2(linear_before_residual(self.fc2, self.norm(x)))  # (..., out)
+        return self.drop2(self.fc2(self.norm(x)))  # (..., out)

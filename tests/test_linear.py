@@ -1,19 +1,16 @@
-"""Linear layers of the MLP on a GPU: fused where they may be, right to rounding, whole under torch.compile."""
+"""The fused linear layer and GELU: taken where it may be, right to rounding, whole under torch.compile."""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import assert_close, outputs_and_gradients
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from siglip_lib import Mlp
 from siglip_lib.layers import GELU_TANH
 from siglip_lib.linear import can_fuse_linear_gelu
-
-OP = torch.ops.siglip_lib.linear_gelu.default
 
 
 class Hooked(nn.Linear):
@@ -63,12 +60,19 @@ def test_does_not_fuse_weights_of_another_dtype_or_under_autocast(monkeypatch):
     assert not can_fuse_linear_gelu(linear, act, x)
 
 
-def test_counts_its_flops():
-    x, weight = torch.empty(5, 8, device="meta"), torch.empty(16, 8, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        out = torch.ops.siglip_lib.linear_gelu(x, weight, torch.empty(16, device="meta"))
-    assert out.shape == (5, 16)
-    assert counter.get_total_flops() == 2 * 5 * 8 * 16
+def test_leaves_the_two_to_whoever_counts_operators():
+    linear, x = nn.Linear(8, 16).bfloat16().requires_grad_(False), Input()
+    assert can_fuse_linear_gelu(linear, GELU_TANH(), x)
+    with FlopCounterMode(display=False):
+        assert not can_fuse_linear_gelu(linear, GELU_TANH(), x)
+
+
+def test_counted_flops_are_those_of_both_products(gpu):
+    mlp = Mlp(64, 256, act_layer=GELU_TANH).to(gpu, torch.bfloat16)
+    x = torch.randn(10, 64, device=gpu, dtype=torch.bfloat16)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        mlp(x)
+    assert counter.get_total_flops() == 2 * 10 * (64 * 256 + 256 * 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -106,9 +110,10 @@ def test_compiled_code_keeps_it_whole(gpu):
 
     with torch.no_grad():
         expected = mlp(x)
-        torch.testing.assert_close(torch.compile(mlp, fullgraph=True, backend=keep)(x), expected)
-        torch.testing.assert_close(torch.compile(mlp, fullgraph=True)(x), expected)
-    assert OP in {getattr(node.target, "default", node.target) for node in graphs[0].graph.nodes}
+        for backend in (keep, "inductor"):
+            found = torch.compile(mlp, fullgraph=True, backend=backend)(x)
+            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01)  # a bf16 step or two
+    assert "linear_gelu" in str(graphs[0].graph)
 
 
 def test_training_takes_two_kernels_and_has_gradients(gpu):
@@ -116,11 +121,3 @@ def test_training_takes_two_kernels_and_has_gradients(gpu):
     x = torch.randn(2, 5, 64, device=gpu, dtype=torch.bfloat16)
     mlp(x).sum().backward()
     assert all(parameter.grad.any() for parameter in mlp.parameters())
-
-
-def test_training_code_compiled_for_a_gpu_gives_the_same(gpu):
-    mlp = Mlp(64, 256, act_layer=GELU_TANH).to(gpu)
-    x = torch.randn(2, 5, 64, device=gpu, requires_grad=True)
-    found = outputs_and_gradients(torch.compile(mlp, fullgraph=True), x)
-    expected = outputs_and_gradients(mlp, x)
-    assert_close({k.removeprefix("_orig_mod."): v for k, v in found.items()}, expected)

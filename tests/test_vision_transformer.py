@@ -105,8 +105,10 @@ UNEVEN = [(17, 30), (1, 24), (24, 24), (25, 24)]
 def test_is_timms_at_other_sizes(size, pad, prefix, device):
     options = {"dynamic_img_size": True, "dynamic_img_pad": pad, "depth": 1} | prefix
     ours, theirs = small(**options), timms(**options)
-    x = pictures(*size, dtype=torch.float64).to(device)
-    assert_same(ours.double().to(device), theirs.double().to(device), x)
+    # positions are resampled in float32, where CUDA adds up gradients in an order that varies
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    x = pictures(*size, dtype=dtype).to(device)
+    assert_same(ours.to(device, dtype), theirs.to(device, dtype), x)
 
 
 def test_padded_sizes_that_vary_keep_timms_positions():
@@ -643,6 +645,8 @@ def test_parameters_are_grouped_as_timms(options):
     ours, theirs = small(**options), timms(**options)
     found = _manipulate.group_parameters(ours, ours.group_matcher(), reverse=True)
     expected = _manipulate.group_parameters(theirs, theirs.group_matcher(), reverse=True)
+    if "norm_pre" not in theirs.group_matcher()["stem"]:  # timm before 1.0.31 puts it with the head
+        expected |= {name: 0 for name in expected if name.startswith("norm_pre")}
     assert found == expected
     assert found["blocks.1.norm1.weight"] == 2
     coarse = _manipulate.group_parameters(ours, ours.group_matcher(coarse=True), reverse=True)
