@@ -302,7 +302,7 @@ class _Backend:
 
 
 # The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, the
-# geometric mean of 17 cases, forward and with backward. cuDNN 5.4; flash-attn 3.6; sdpa 3.4, as it
+# geometric mean of 17 cases, forward and with backward. cuDNN 5.3; flash-attn 3.5; sdpa 3.4, as it
 # chooses where cuDNN can't run; xformers 1.8 with the kernel that it has left without flash-attn.
 _BACKENDS = {
     "cudnn": _Backend(_cudnn, _why_not_cudnn, lambda *_: f"cuDNN {torch.backends.cudnn.version()}"),
