@@ -110,6 +110,7 @@ def kernel_times(fn: Callable[[], object], device: torch.device | str) -> dict[s
 
     Call ``fn`` before, so that compilation and caches are not in it.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells stderr of each start and stop
     on_gpu = torch.device(device).type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from siglip_lib import device_report, measure, package_version, pick_device
+from siglip_lib import device_report, kernel_times, measure, package_version, pick_device
 
 
 def test_times_are_in_order_and_in_milliseconds():
@@ -44,6 +44,23 @@ def test_on_a_gpu(graph, gpu):
     timing = measure(lambda: x @ x, gpu, repeats=5, graph=graph)
     assert 0 < timing.fastest_ms <= timing.median_ms <= timing.slowest_ms
     assert x.nbytes <= timing.peak_bytes < 2**28
+
+
+def test_kernel_times_name_what_takes_the_time(device, capfd):
+    x, y = torch.randn(1024, 1024, device=device), torch.randn(8, device=device)
+    calls = []
+
+    def call():
+        calls.append(x @ x + y.sum())
+
+    found = kernel_times(call, device)
+    assert len(calls) == 1
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    longest = next(iter(found))
+    assert any(word in longest for word in ("mm", "gemm", "nvjet", "cutlass"))
+    # a product of 1024 takes 2 GFLOP: not under 1 us anywhere, nor a second
+    assert 1e-3 < found[longest] < 1e3
+    assert capfd.readouterr().err == ""
 
 
 def test_pick_device(device):
