@@ -66,6 +66,18 @@ def attention_backends(
     Returns:
         A status for each of ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers`` and ``eager``.
     """
+    case = _case(device, dtype, head_dim, dropout, deterministic, tokens)
+    return {name: _status(name, case) for name in _BACKENDS}
+
+
+def _case(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    dropout: float,
+    deterministic: bool,
+    tokens: int,
+) -> _Case:
     positive_int("head_dim", head_dim)
     probability("dropout", dropout)
     if not isinstance(dtype, torch.dtype):
@@ -74,10 +86,8 @@ def attention_backends(
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     positive_int("tokens", tokens)
-    case = _Case(
-        device, dtype, head_dim, 0.1 if dropout else 0.0, deterministic, 1 if tokens == 1 else 16
-    )
-    return {name: _status(name, case) for name in _BACKENDS}
+    dropout, tokens = 0.1 if dropout else 0.0, 1 if tokens == 1 else 16
+    return _Case(device, dtype, head_dim, dropout, deterministic, tokens)
 
 
 def attend(
@@ -152,15 +162,15 @@ def choose_backend(
 ) -> str:
     """Return the name of the backend that will run; a forced one that cannot is a ValueError that says why."""
     check_backend_name(backend)
-    found = attention_backends(device, dtype, head_dim, dropout, deterministic, tokens=tokens)
+    case = _case(device, dtype, head_dim, dropout, deterministic, tokens)
     if backend == "auto":
-        for status in found.values():
-            if status.usable:
-                return status.name
-        raise ValueError(
-            f"no backend can run on {device} in {dtype}: eager says {found['eager'].reason}"
-        )
-    if not found[backend].usable:
+        for name in _BACKENDS:  # none after the first usable one is tried, or its package imported
+            if _status(name, case).usable:
+                return name
+        reason = _status("eager", case).reason
+        raise ValueError(f"no backend can run on {device} in {dtype}: eager says {reason}")
+    if not _status(backend, case).usable:
+        found = attention_backends(device, dtype, head_dim, dropout, deterministic, tokens=tokens)
         usable = ", ".join(status.name for status in found.values() if status.usable)
         raise ValueError(
             f"backend={backend!r} cannot run here: {found[backend].reason}. Usable: auto, {usable}"

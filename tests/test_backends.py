@@ -246,6 +246,15 @@ def test_auto_passes_over_a_backend_that_fails_its_trial(broken_cudnn):
     torch.testing.assert_close(attend(q, k, v), attend(q, k, v, backend="eager"))
 
 
+def test_auto_tries_none_after_the_first_that_can_run(monkeypatch):
+    entry = backends._Backend(
+        lambda *_: pytest.fail("was tried"), lambda case: pytest.fail("was asked"), lambda *_: ""
+    )
+    for name in ("xformers", "eager"):
+        monkeypatch.setitem(backends._BACKENDS, name, entry)
+    assert choose_backend("auto", torch.device("cpu"), torch.float32, 8) == "sdpa"
+
+
 def test_a_trial_without_memory_is_an_error_and_not_remembered(monkeypatch):
     free = []
 
