@@ -21,7 +21,7 @@ unit: $(VENV)/ready
 notebooks: $(VENV)/ready
 	$(BIN)/pytest $(NBVAL) --durations=0 notebooks
 
-slow: $(VENV)/ready  ## SO400M at full size against timm and transformers: minutes, 12 GB of memory, 8 GB of disk
+slow: $(VENV)/ready  ## SO400M at full size against timm and transformers: a minute or two, 6 GB of memory, 8 GB of disk
 	$(BIN)/pytest -m slow --durations=0 tests
 
 outputs: $(VENV)/ready  ## on a GPU: run every notebook and store what it shows

@@ -46,7 +46,7 @@ def preprocess(
     Raises:
         TypeError: a picture of another type or dtype.
         ValueError: no picture, no pixels, another shape or mode; a file that is broken, no picture, or large enough for
-            PIL to call it a decompression bomb. All but files is checked before any work is done.
+            PIL to call it a decompression bomb. All but files is _checked before any work is done.
         OSError: a file that can't be opened; FileNotFoundError if it is missing.
     """
     from PIL import Image
@@ -58,23 +58,23 @@ def preprocess(
         named = {f"pictures[{i}]": picture for i, picture in enumerate(pictures)}
     else:
         named = {"pictures": pictures}
-    named = {name: path_or_image(name, picture) for name, picture in named.items()}
+    named = {name: _path_or_image(name, picture) for name, picture in named.items()}
     resized = [
-        np.asarray(upright_rgb(name, picture).resize((width, height), Image.Resampling.BICUBIC))
+        np.asarray(_upright_rgb(name, picture).resize((width, height), Image.Resampling.BICUBIC))
         for name, picture in named.items()
     ]
     pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
     return pixels.float().div_(255).sub_(0.5).div_(0.5)
 
 
-def path_or_image(name: str, picture: Picture) -> str | os.PathLike[str] | Image:
+def _path_or_image(name: str, picture: Picture) -> str | os.PathLike[str] | Image:
     """Return a path as it is and anything else as a PIL picture; refuse what can't become one."""
     from PIL import Image
 
     if isinstance(picture, (str, os.PathLike)):
         return picture
     if isinstance(picture, Image.Image):
-        return checked(name, picture)
+        return _checked(name, picture)
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8:
         dtype = f" of {picture.dtype}" if hasattr(picture, "dtype") else ""
         kind = type(picture).__name__ + dtype
@@ -88,7 +88,7 @@ def path_or_image(name: str, picture: Picture) -> str | os.PathLike[str] | Image
     return Image.fromarray(picture.squeeze(2) if shape[2:] == (1,) else picture)
 
 
-def checked(name: str, image: Image) -> Image:
+def _checked(name: str, image: Image) -> Image:
     """Return a PIL picture that has pixels and a mode that can be converted."""
     if 0 in image.size:
         raise ValueError(f"{name}: a picture of {image.width} x {image.height} has no pixels")
@@ -98,7 +98,7 @@ def checked(name: str, image: Image) -> Image:
     return image
 
 
-def upright_rgb(name: str, picture: str | os.PathLike[str] | Image) -> Image:
+def _upright_rgb(name: str, picture: str | os.PathLike[str] | Image) -> Image:
     """Return a new picture in mode RGB, the right way up, on white."""
     from PIL import Image, ImageOps
 
@@ -109,7 +109,7 @@ def upright_rgb(name: str, picture: str | os.PathLike[str] | Image) -> Image:
         except Exception as error:  # PIL has a dozen types for broken files
             why = f"{type(error).__name__}: {error}"
             raise ValueError(f"{name}: {picture!r} can't be read as a picture ({why})") from error
-    checked(name, image)
+    _checked(name, image)
     if image.mode in DEEP:
         # PIL would clip at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))

@@ -87,9 +87,7 @@ def trunc_normal_(
     else:
         sigmas = _draw_centre_(work, alpha, beta, generator)
     # origin + factor * work and the cast, in one pass
-    torch.add(
-        torch.tensor(origin, dtype=work.dtype, device="cpu"), work, alpha=std * sigmas, out=tensor
-    )
+    torch.add(_on_cpu(origin, work.dtype), work, alpha=std * sigmas, out=tensor)
     return tensor.clamp_(low, high)
 
 
@@ -133,9 +131,7 @@ def _draw_far_tail_(
     d = work.uniform_(generator=generator)
     cut = 1.0  # the share of the tail's mass that lies below beta
     if math.isfinite(span):
-        cut = -torch.expm1(
-            _log_tail_ratio(torch.tensor(span, dtype=torch.float64, device="cpu"), alpha)
-        ).item()
+        cut = -torch.expm1(_log_tail_ratio(_on_cpu(span), alpha)).item()
     # uniform_ draws from [0, 1), so 1 - cut * u is never 0; log1p keeps the small steps near 1
     log_w = torch.log1p(d * -cut)
     d.copy_(-2 * log_w / (alpha + torch.sqrt(alpha * alpha - 2 * log_w)))
@@ -147,18 +143,21 @@ def _draw_far_tail_(
 
 def _log_tail_ratio(d: Tensor, alpha: float) -> Tensor:
     """log(Q(alpha + d) / Q(alpha)) for the upper tail Q of the standard normal."""
-    at_alpha = torch.special.erfcx(
-        torch.tensor(alpha / _SQRT2, dtype=torch.float64, device="cpu")
-    ).item()
+    at_alpha = torch.special.erfcx(_on_cpu(alpha / _SQRT2)).item()
     return torch.log(torch.special.erfcx((alpha + d) / _SQRT2) / at_alpha) - d * (alpha + d / 2)
+
+
+def _on_cpu(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """One number, on the CPU also where ``with torch.device(...)`` names another device."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 @functools.cache
 def _inner_bounds(a: float, b: float, dtype: torch.dtype) -> tuple[float, float]:
     """The smallest and largest number of ``dtype`` in [a, b]: rounding to nearest may step over a bound."""
     info = torch.finfo(dtype)
-    low = torch.tensor(max(a, info.min), dtype=torch.float64, device="cpu").to(dtype)
-    high = torch.tensor(min(b, info.max), dtype=torch.float64, device="cpu").to(dtype)
+    low = _on_cpu(max(a, info.min)).to(dtype)
+    high = _on_cpu(min(b, info.max)).to(dtype)
     if low.item() < a:
         low = torch.nextafter(low, torch.full_like(low, math.inf))
     if high.item() > b:
