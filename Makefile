@@ -30,7 +30,7 @@ outputs: $(VENV)/ready  ## on a GPU: run every notebook and store what it shows
 measured: $(VENV)/ready  ## on a CPU: run every notebook and store only its time and memory
 	$(BIN)/python tests/store_outputs.py --only-figures notebooks/*.ipynb
 
-speed: $(VENV)/ready  ## on a GPU: time SO400M beside timm and transformers, 8 minutes
+speed: $(VENV)/ready  ## on a GPU: time SO400M beside timm and transformers, a quarter of an hour
 	$(BIN)/python tests/speed_of_tower.py
 
 clean:
