@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from siglip_lib.patches import resample_abs_pos_embed
 
 if TYPE_CHECKING:
     from siglip_lib.vision_transformer import VisionTransformer
+
+Get = Callable[[str], Path | None]  # from a file's name to its path
+Found = TypeVar("Found")
 
 _HUB = "hf-hub:"
 # Every tower has one of these tensors; what stands before the name is the tower's prefix.
@@ -33,14 +36,17 @@ _LAYOUTS = {
 }
 # timm's names and transformers', in the order in which they are replaced; one that starts with a
 # dot stands anywhere, others at the start.
-_RENAMES = (
-    ("patch_embed.proj.", "embeddings.patch_embedding."),
+_BOTH_TOWERS = (
     ("pos_embed", "embeddings.position_embedding.weight"),
     ("blocks.", "encoder.layers."),
     (".norm1.", ".layer_norm1."),
     (".norm2.", ".layer_norm2."),
     (".attn.", ".self_attn."),
     (".self_attn.proj.", ".self_attn.out_proj."),
+)
+IMAGE_TOWER = (
+    ("patch_embed.proj.", "embeddings.patch_embedding."),
+    *_BOTH_TOWERS,
     ("norm.", "post_layernorm."),
     ("attn_pool.latent", "head.probe"),
     ("attn_pool.q.", "head.attention.in_proj_"),
@@ -48,6 +54,11 @@ _RENAMES = (
     ("attn_pool.proj.", "head.attention.out_proj."),
     ("attn_pool.norm.", "head.layernorm."),
     ("attn_pool.mlp.", "head.mlp."),
+)
+TEXT_TOWER = (
+    ("token_embed.", "embeddings.token_embedding."),
+    *_BOTH_TOWERS,
+    ("norm.", "final_layer_norm."),
 )
 
 
@@ -98,22 +109,18 @@ def load_weights(model: "VisionTransformer", source: str | Path) -> LoadedWeight
         )
     state, paths = {}, _find(str(source))
     for path in paths:
-        state |= _read(path)
+        state |= read_tensors(path)
     where = paths[0].name if len(paths) == 1 else paths[0].parent.name
     names, prefix = _tower(state, where)
     found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     ours = {name: [tensor] for name, tensor in weights.items()}
     if names == "transformers":
-        ours = _under_transformers_names(weights)
+        ours = under_transformers_names(weights, IMAGE_TOWER)
     resampled = _fit_positions(found, ours, model)
-    _check(found, ours, where)
+    check_fit(found, ours, f"{where} does not fit the model, which is unchanged")
     if resampled:
         warnings.warn(_resampling(*resampled), stacklevel=2)
-    with torch.no_grad():
-        for name, views in ours.items():
-            rows = found[name].split([len(view) for view in views])
-            for view, part in zip(views, rows, strict=True):
-                view.copy_(part)
+    fill(ours, found)
     return LoadedWeights(names, prefix, len(found), len(state) - len(found), resampled)
 
 
@@ -140,7 +147,8 @@ def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "ti
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if names == "transformers":
         _check_transformers_has(state, len(model.blocks))
-        state = {k: torch.cat(views) for k, views in _under_transformers_names(state).items()}
+        views = under_transformers_names(state, IMAGE_TOWER)
+        state = {name: torch.cat(rows) for name, rows in views.items()}
     state = {prefix + name: tensor.contiguous() for name, tensor in state.items()}
     temporary = path.with_name(path.name + ".part")
     try:
@@ -155,53 +163,74 @@ def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "ti
 
 def _find(source: str) -> list[Path]:
     """The files of a checkpoint that hold the tower."""
-    if source.startswith(_HUB):
-        return _find_on_hub(source.removeprefix(_HUB))
     path = Path(source)
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"no file or folder {source!r}; a repository of the hub is written {_HUB}owner/name"
-        )
-    files = _choose(lambda name: path / name if (path / name).is_file() else None)
-    if not files:
+
+    def choose(get: Get) -> list[Path]:
+        if files := choose_weights(get, tower_only=True):
+            return files
+        if not path.is_dir():
+            raise FileNotFoundError(f"{source!r} holds no weights that are known here")
         files = list(path.glob("*.safetensors"))
         if len(files) != 1:
             raise FileNotFoundError(
                 f"folder {source!r} holds no model.safetensors, no pytorch_model.bin and no index of either, but "
                 f"{len(files)} other safetensors files; name the file itself"
             )
-    return files
+        return files
+
+    return find_in(source, choose)
 
 
-def _choose(get: Callable[[str], Path | None]) -> list[Path]:
+def find_in(source: str, choose: Callable[[Get], Found], also: str = "") -> Found:
+    """What ``choose`` finds in a folder or a repository of the hub.
+
+    Args:
+        source: the folder's path or ``hf-hub:owner/name``.
+        choose: is given a function from a file's name to its path, or to None if there is none; raises
+            FileNotFoundError if something lacks.
+        also: files to download beside the weights, for the message where there is no connection.
+    """
+    if source.startswith(_HUB):
+        return _find_on_hub(source.removeprefix(_HUB), choose, also)
+    path = Path(source)
+    if path.is_file():
+        raise NotADirectoryError(f"{source!r} is a file; give the folder that holds it")
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no file or folder {source!r}; a repository of the hub is written {_HUB}owner/name"
+        )
+    return choose(lambda name: path / name if (path / name).is_file() else None)
+
+
+def choose_weights(get: Get, tower_only: bool = False) -> list[Path]:
     """The files to read, out of what ``get`` finds by name: one whole file, or the parts that an index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if path := get(name):
             return [path]
         if index := get(f"{name}.index.json"):
-            parts = {part: get(part) for part in _parts(index)}
+            parts = {part: get(part) for part in _parts(index, tower_only)}
             if lost := [part for part, path in parts.items() if path is None]:
-                raise FileNotFoundError(f"{index.name} names {_listed(lost)}, missing beside it")
+                raise FileNotFoundError(f"{index.name} names {listed(lost)}, missing beside it")
             return list(parts.values())
     return []
 
 
-def _parts(index: Path) -> list[str]:
-    """The names of the files that hold the tower, by the index of a sharded checkpoint."""
+def _parts(index: Path, tower_only: bool) -> list[str]:
+    """The names of the files that the index of a sharded checkpoint names, of all or of those that hold the tower."""
     try:
         where = json.loads(index.read_text())["weight_map"]
         if any(Path(file).name != file for file in where.values()):
             raise ValueError("it names files outside its folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index.name} is no index of a sharded checkpoint: {error!r}") from error
-    _, prefix = _tower(where, index.name)
+    prefix = _tower(where, index.name)[1] if tower_only else ""
     return sorted({file for name, file in where.items() if name.startswith(prefix)})
 
 
-def _find_on_hub(repository: str) -> list[Path]:
-    """The files of a repository, fetched; without a connection, those that were fetched before."""
+def _find_on_hub(repository: str, choose: Callable[[Get], Found], also: str) -> Found:
+    """What ``choose`` finds in a repository, fetched; without a connection, in what was fetched before."""
     from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
 
     offline = None
@@ -218,20 +247,18 @@ def _find_on_hub(repository: str) -> list[Path]:
         return Path(cached) if isinstance(cached, str) else None
 
     try:
-        if files := _choose(get):
-            return files
-        raise FileNotFoundError(f"repository {repository!r} holds no weights that are known here")
+        return choose(get)
     except FileNotFoundError:
         if offline is None:
             raise
     raise OSError(
         f"cannot fetch {repository!r} from the hub ({type(offline).__name__}), and it was not fetched before. Download "
-        "its model.safetensors, or its model.safetensors.index.json and the parts that this names, into a folder, and "
-        "give that folder's path"
+        f"its {also}model.safetensors, or its model.safetensors.index.json and the parts that this names, "
+        "into a folder, and give that folder's path"
     ) from offline
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, by name."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -272,10 +299,13 @@ def _tower(names: Iterable[str], where: str) -> tuple[str, str]:
     return found[0]
 
 
-def _under_transformers_names(state: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+def under_transformers_names(
+    state: dict[str, Tensor], names: tuple[tuple[str, str], ...]
+) -> dict[str, list[Tensor]]:
     """Views of timm's tensors by transformers' names; where one there is two here, both, in the order of their rows.
 
-    What transformers lacks keeps its name or gets one that transformers lacks too.
+    What transformers lacks keeps its name or gets one that transformers lacks too. ``names`` are those of one tower,
+    ``IMAGE_TOWER`` or ``TEXT_TOWER``.
     """
     found: dict[str, list[Tensor]] = {}
     for name, tensor in state.items():
@@ -284,7 +314,7 @@ def _under_transformers_names(state: dict[str, Tensor]) -> dict[str, list[Tensor
             parts = [name.replace("qkv", f"{part}_proj") for part in "qkv"]
             views = dict(zip(parts, tensor.chunk(3), strict=True))
         for renamed, view in views.items():
-            for old, new in _RENAMES:
+            for old, new in names:
                 if old.startswith("."):
                     renamed = renamed.replace(old, new)
                 elif renamed.startswith(old):
@@ -305,7 +335,7 @@ def _check_transformers_has(state: dict[str, Tensor], depth: int) -> None:
     if differs := state.keys() ^ theirs:
         raise ValueError(
             "transformers' SiglipVisionModel has no class token, no LayerScale, no qk-norm, no classifier, and a bias "
-            f"everywhere; it differs in {_listed(differs)}"
+            f"everywhere; it differs in {listed(differs)}"
         )
 
 
@@ -330,7 +360,8 @@ def _fit_positions(
     return (side, side), grid
 
 
-def _check(found: dict[str, Tensor], ours: dict[str, list[Tensor]], where: str) -> None:
+def check_fit(found: dict[str, Tensor], ours: dict[str, list[Tensor]], misfit: str) -> None:
+    """Refuse what is missing, unexpected, or of another shape, listed after the words ``misfit``."""
     shapes = {name: (sum(map(len, views)), *views[0].shape[1:]) for name, views in ours.items()}
     missing, unexpected = ours.keys() - found.keys(), found.keys() - ours.keys()
     wrong = {
@@ -342,7 +373,7 @@ def _check(found: dict[str, Tensor], ours: dict[str, list[Tensor]], where: str) 
         f"{name} {tensor.dtype}" for name, tensor in found.items() if not tensor.is_floating_point()
     }
     problems = [
-        f"{kind} ({len(names)}): {_listed(names)}"
+        f"{kind} ({len(names)}): {listed(names)}"
         for kind, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -352,12 +383,20 @@ def _check(found: dict[str, Tensor], ours: dict[str, list[Tensor]], where: str) 
         if names
     ]
     if problems:
-        raise ValueError(
-            f"{where} does not fit the model, which is unchanged. " + "; ".join(problems)
-        )
+        raise ValueError(f"{misfit}. " + "; ".join(problems))
 
 
-def _listed(names: Iterable[str], most: int = 20) -> str:
+def fill(ours: dict[str, list[Tensor]], found: dict[str, Tensor]) -> None:
+    """Copy tensors that fit into the views of the same names."""
+    with torch.no_grad():
+        for name, views in ours.items():
+            rows = found[name].split([len(view) for view in views])
+            for view, part in zip(views, rows, strict=True):
+                view.copy_(part)
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """The names in order, those beyond ``most`` only counted."""
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

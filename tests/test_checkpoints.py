@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from pathlib import Path
 
@@ -714,6 +715,13 @@ def test_offline_the_error_says_what_to_download_and_where_to_put_it(fetched, ca
     assert "cannot fetch 'nobody/tower' from the hub (OfflineModeIsEnabled)" in said
     assert "Download its model.safetensors, or its model.safetensors.index.json and the par" in said
     assert said.endswith("into a folder, and give that folder's path")
+
+
+def test_a_repository_without_weights_is_told(monkeypatch):
+    empty = types.SimpleNamespace(siblings=[])
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda repository: empty)
+    said = refused(tower(), "hf-hub:nobody/tower", FileNotFoundError)
+    assert said == "'hf-hub:nobody/tower' holds no weights that are known here"
 
 
 def test_a_name_that_no_repository_can_have_is_an_error(cache):

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from comparing import assert_close, outputs_and_gradients, randomized
-from notebook_files import PATHS, definitions, read, setup_source
+from notebook_files import PATHS, definitions, exercises, read, setup_source
 from torch import nn
 
 import siglip_lib
+from siglip_lib.losses import sigmoid_loss_block
 
 BY_NUMBER = {path.stem[:2]: read(path) for path in PATHS}
 # notebook, the notebook's module, the library's, and arguments for both; each has 24 channels
@@ -31,6 +32,14 @@ FUNCTIONS = {
     "02": ["my_named_apply", "my_init_weights"],
     "07": ["MyPatchEmbed", "my_weights", "my_resample"],
     "08": ["MyPool", "MyTower"],
+    "09": [
+        "my_sigmoid_loss",
+        "my_block",
+        "my_loss_and_gradients",
+        "MySigmoidLoss",
+        "my_chunked_loss",
+    ],
+    "11": ["my_rollout", "my_occlusion"],
 }
 
 
@@ -84,6 +93,37 @@ def test_tower_equals_the_library():
     assert_close(outputs_and_gradients(mine, x), outputs_and_gradients(library, x))
 
 
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("chunk", [None, 2, 5, 9])
+def test_loss_equals_the_library(chunk, with_ids):
+    own = notebooks_own("09", "signs", *FUNCTIONS["09"])
+    plain = chunk is None
+    mine = own["my_sigmoid_loss" if plain else "my_chunked_loss"]
+    vectors = nn.functional.normalize(torch.randn(2, 7, 4, dtype=torch.float64), dim=2)
+    learned = [*vectors, torch.tensor(1.3).double(), torch.tensor(-2.0).double()]
+    ids = (torch.arange(7) % 4, torch.arange(7) % 3) if with_ids else ()
+    found = []
+    for loss, options in ((mine, {} if plain else {"chunk": chunk}), (siglip_lib.sigmoid_loss, {})):
+        arguments = [x.clone().requires_grad_() for x in learned]
+        value = loss(*arguments, *ids, **options)
+        (-3.7 * value).backward()  # the gradient that comes in is not 1
+        names = "loss", "image", "text", "logit_scale", "logit_bias"
+        tensors = value.detach(), *(x.grad for x in arguments)
+        found.append(dict(zip(names, tensors, strict=True)))
+    assert_close(*found)
+
+
+def test_block_of_the_loss_equals_the_library():
+    image, text = (torch.randn(n, 3, dtype=torch.float64) for n in (4, 6))
+    scale, bias = torch.tensor(2.5).double(), torch.tensor(-1.5).double()
+    together = torch.rand(4, 6) < 0.3
+    z = 2.0 * together - 1.0
+    loss, *sums, d_bias = notebooks_own("09", "my_block")["my_block"](image, text, scale, bias, z)
+    wanted = torch.zeros_like(image), torch.zeros_like(text)
+    library = sigmoid_loss_block(image, text, scale, bias, together, wanted)
+    torch.testing.assert_close((loss, d_bias, *sums), (*library, *wanted))
+
+
 @pytest.mark.parametrize("new", [3, 7, 11, 12, 30])
 def test_resampling_equals_the_library(new):
     my_resample = notebooks_own("07", "cubic", "my_weights", "my_resample")["my_resample"]
@@ -120,6 +160,31 @@ def test_initialiser_equals_the_library():
         assert torch.equal(mine.state_dict()[name], weight), name
 
 
+def explained() -> tuple[siglip_lib.VisionTransformer, torch.Tensor]:
+    """A tower whose attention is far from even, and pictures of 2 by 3 patches."""
+    tower = siglip_lib.VisionTransformer(
+        (16, 24), 8, embed_dim=24, depth=3, num_heads=2, class_token=False, global_pool="map", num_classes=0
+    )  # fmt: skip
+    return randomized(tower).eval(), torch.randn(2, 3, 16, 24)
+
+
+def test_rollout_equals_the_library():
+    tower, pixels = explained()
+    with siglip_lib.attention_maps(tower) as maps, torch.no_grad():
+        tower(pixels)
+    *blocks, pool = maps.values()
+    mine = notebooks_own("11", "my_rollout")["my_rollout"](blocks, pool)
+    torch.testing.assert_close(mine, siglip_lib.rollout(tower, pixels).flatten(1))
+
+
+def test_occlusion_equals_the_library():
+    tower, pixels = explained()
+    text = torch.randn(2, 24)
+    mine = notebooks_own("11", "my_occlusion")["my_occlusion"](tower, pixels, text, 8)
+    library = siglip_lib.occlusion(tower, pixels, text, window=8, stride=8)
+    torch.testing.assert_close(mine, library, rtol=0, atol=1e-5)
+
+
 def test_every_component_that_a_notebook_builds_is_compared():
     compared = {("06", "MyMlp")} | {(number, mine) for number, mine, *_ in MODULES}
     compared |= {(number, name) for number, names in FUNCTIONS.items() for name in names}
@@ -127,6 +192,8 @@ def test_every_component_that_a_notebook_builds_is_compared():
         (number, name)
         for number, notebook in BY_NUMBER.items()
         for name, source in definitions(notebook).items()
-        if name.lower().startswith("my") and source.startswith(("def ", "class "))
+        if name.lower().startswith("my")
+        and source.startswith(("def ", "class "))
+        and name not in {exercise.answer for exercise in exercises(notebook)}
     }
     assert built - compared == {("02", "my_default")}  # torch's rule, compared with torch's there

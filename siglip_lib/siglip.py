@@ -1,0 +1,347 @@
+"""SigLIP: an image tower and a text tower in one space, and its folder on disk, which transformers reads too."""
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siglip_lib.checkpoints import (
+    IMAGE_TOWER,
+    TEXT_TOWER,
+    Get,
+    check_fit,
+    choose_weights,
+    fill,
+    find_in,
+    listed,
+    read_tensors,
+    under_transformers_names,
+)
+from siglip_lib.checks import positive_int
+from siglip_lib.text import TextTransformer, Tokenizer
+from siglip_lib.vision_transformer import VisionTransformer
+
+_CONFIG, _WEIGHTS, _PIECES = "config.json", "model.safetensors", "spiece.model"
+# Where transformers' config.json keeps each of our sizes, and what it means by leaving one out.
+_SIZES = {
+    "image_size": ("vision_config", "image_size", 224),
+    "patch_size": ("vision_config", "patch_size", 16),
+    "width": ("vision_config", "hidden_size", 768),
+    "layers": ("vision_config", "num_hidden_layers", 12),
+    "heads": ("vision_config", "num_attention_heads", 12),
+    "mlp_hidden": ("vision_config", "intermediate_size", 3072),
+    "text_width": ("text_config", "hidden_size", 768),
+    "text_layers": ("text_config", "num_hidden_layers", 12),
+    "text_heads": ("text_config", "num_attention_heads", 12),
+    "text_mlp_hidden": ("text_config", "intermediate_size", 3072),
+    "vocab_size": ("text_config", "vocab_size", 32_000),
+    "context_length": ("text_config", "max_position_embeddings", 64),
+}
+# What is settled here and a choice there.
+_SETTLED = {
+    "vision_config": {
+        "num_channels": 3,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+        "vision_use_head": True,
+    },
+    "text_config": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+}
+# Our towers, theirs, and the names within.
+_TOWERS = (("image.", "vision_model.", IMAGE_TOWER), ("text.", "text_model.", TEXT_TOWER))
+
+
+@dataclass(frozen=True)
+class SigLIPConfig:
+    """Sizes of both towers; the text tower's output is as wide as the image tower."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_hidden: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    text_mlp_hidden: int
+    vocab_size: int
+    context_length: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            positive_int(name, value)
+        for width, heads in (("width", "heads"), ("text_width", "text_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"{width}={getattr(self, width)} must be a multiple of {heads}={getattr(self, heads)}"
+                )
+
+
+class SigLIP(nn.Module):
+    """Image tower and text tower, trained to give matching pictures and texts nearby unit vectors.
+
+    Args:
+        config: sizes of both towers.
+        drop_path_rate: of the image tower, see ``VisionTransformer``.
+
+    Attributes:
+        image: the image tower, pooled by attention. It takes pictures of other sizes too, in whole patches, and
+            resamples its position embeddings to them.
+        text: the text tower.
+        logit_scale: logarithm t' of the inverse temperature, shape (), log 10 at the start.
+        logit_bias: bias b of the logits, shape (), -10 at the start: most pairs don't match.
+
+    Weights start by big_vision's rule: ``jax`` of ``VisionTransformer``, and that of ``TextTransformer``.
+
+    Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 3.2.
+    """
+
+    def __init__(self, config: SigLIPConfig, *, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.image = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            num_classes=0,
+            global_pool="map",
+            embed_dim=config.width,
+            depth=config.layers,
+            num_heads=config.heads,
+            mlp_ratio=_ratio(config.mlp_hidden, config.width),
+            class_token=False,
+            dynamic_img_size=True,
+            drop_path_rate=drop_path_rate,
+            weight_init="jax",
+        )
+        self.text = TextTransformer(
+            vocab_size=config.vocab_size,
+            context_length=config.context_length,
+            width=config.text_width,
+            depth=config.text_layers,
+            num_heads=config.text_heads,
+            mlp_ratio=_ratio(config.text_mlp_hidden, config.text_width),
+            embed_dim=config.width,
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Return unit vectors (B, width) of pictures (B, 3, H, W) with values in [-1, 1]."""
+        return F.normalize(self.image(pixels), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Return unit vectors (B, width) of token ids (B, context_length)."""
+        return F.normalize(self.text(tokens), dim=-1)
+
+    def logits(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return (B, M): how well each picture's vector (B, width) fits each text's (M, width), before the sigmoid."""
+        return self.logit_scale.exp() * image @ text.T + self.logit_bias
+
+
+def save_siglip(
+    model: SigLIP, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write a folder that ``load_siglip`` and transformers' ``SiglipModel`` and ``SiglipTokenizer`` read.
+
+    It holds ``config.json``, ``model.safetensors`` and ``spiece.model``, and appears whole or not at all. A folder
+    that was written before is replaced.
+
+    Args:
+        model: both towers.
+        tokenizer: the one that the text tower was trained with.
+        folder: where to; nothing, an empty folder, or one that this function wrote.
+        dtype: of the stored weights: float32, float16 or bfloat16; None for the model's own. Log-temperature and
+            bias are never below float32.
+
+    Raises:
+        FileExistsError: ``folder`` is a file, or holds something else.
+        ValueError: the dtype is another, the tokenizer does not fit the model, a part of the model was exchanged, or a
+            weight is not finite in ``dtype``; nothing was written.
+    """
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype={dtype} is not allowed; float32, float16, bfloat16 and None are")
+    check_tokenizer(tokenizer, model.config)
+    folder = Path(folder).resolve()
+    _check_replaceable(folder)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state = {name: torch.cat(views) for name, views in _stored(state).items()}
+    with torch.device("meta"):
+        check_fit(state, _stored(SigLIP(model.config).state_dict()), "model is not as its config")
+    for name, tensor in state.items():
+        state[name] = tensor.to(dtype or tensor.dtype)
+        if name.startswith("logit_"):  # one number each, and every logit hangs on it
+            state[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"weights are not finite in {dtype or 'the model'}: {listed(bad)}")
+    _write(folder, model.config, state, tokenizer)
+
+
+def load_siglip(source: str | Path) -> tuple[SigLIP, Tokenizer]:
+    """Build the SigLIP that a folder holds, in float32, with its tokenizer.
+
+    Args:
+        source: a folder written by ``save_siglip`` or by transformers (``SiglipModel``, sharded or not, with
+            ``SiglipTokenizer``), or ``hf-hub:owner/name`` for a repository of the Hugging Face hub, such as Google's.
+            Only the latter uses the network.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file is missing in it.
+        NotADirectoryError: ``source`` is a file.
+        ValueError: a file is malformed, ``config.json`` asks for what this code does not have, or a tensor is missing,
+            unexpected or of the wrong shape; the message lists them.
+        OSError: the hub cannot be reached; the message says what to download.
+    """
+
+    def choose(get: Get) -> tuple[Path, Path, list[Path]]:
+        found = {_CONFIG: get(_CONFIG), _PIECES: get(_PIECES), _WEIGHTS: choose_weights(get)}
+        if lost := [name for name, file in found.items() if not file]:
+            raise FileNotFoundError(f"{str(source)!r} holds no {listed(lost)}")
+        return tuple(found.values())
+
+    config_file, pieces, files = find_in(str(source), choose, f"{_CONFIG}, {_PIECES} and ")
+    config = _read_config(config_file)
+    tokenizer = Tokenizer(pieces, config.context_length)
+    check_tokenizer(tokenizer, config)
+    found: dict[str, Tensor] = {}
+    for file in files:
+        found |= read_tensors(file)
+    # weights that will be overwritten need not be drawn
+    with torch.device("meta"):
+        model = SigLIP(config)
+    where = files[0].name if len(files) == 1 else files[0].parent.name
+    check_fit(found, _stored(model.state_dict()), f"{where} does not fit {_CONFIG} beside it")
+    model.to_empty(device=torch.get_default_device())
+    fill(_stored(model.state_dict()), found)
+    return model, tokenizer
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The ``mlp_ratio`` that gives ``hidden`` channels: half a channel more, as it is rounded down."""
+    return (hidden + 0.5) / width
+
+
+def _stored(state: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Views of the weights by the names of transformers' SiglipModel."""
+    found = {k: [v.view(1)] for k, v in state.items() if k in ("logit_scale", "logit_bias")}
+    for ours, theirs, names in _TOWERS:
+        tower = {k.removeprefix(ours): v for k, v in state.items() if k.startswith(ours)}
+        views = under_transformers_names(tower, names)
+        found |= {theirs + name: view for name, view in views.items()}
+    return found
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: SigLIPConfig) -> None:
+    """Refuse a tokenizer whose texts the text tower could not read."""
+    if tokenizer.context_length != config.context_length:
+        raise ValueError(
+            f"the tokenizer gives {tokenizer.context_length} tokens, the model takes {config.context_length}"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model embeddings for {config.vocab_size}"
+        )
+
+
+# --- config.json ---
+
+
+def _config_json(config: SigLIPConfig) -> str:
+    sections = {section: dict(settled) for section, settled in _SETTLED.items()}
+    for field, (section, name, _) in _SIZES.items():
+        sections[section][name] = getattr(config, field)
+    sections["vision_config"]["model_type"] = "siglip_vision_model"
+    sections["text_config"] |= {
+        "model_type": "siglip_text_model",
+        "projection_size": config.width,
+        "pad_token_id": 1,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    # the dtype in which to load, whatever is stored
+    whole = {"architectures": ["SiglipModel"], "model_type": "siglip", "dtype": "float32"}
+    return json.dumps(whole | sections, indent=2) + "\n"
+
+
+def _read_config(path: Path) -> SigLIPConfig:
+    try:
+        whole = json.loads(path.read_text())
+        sections = {section: whole.get(section) or {} for section in _SETTLED}
+        kind = whole.get("model_type")
+        values = {
+            field: sections[section].get(name, default)
+            for field, (section, name, default) in _SIZES.items()
+        }
+        differs = [
+            f"{section}.{name} is {found!r}, not {settled!r}"
+            for section, names in _SETTLED.items()
+            for name, settled in names.items()
+            if (found := sections[section].get(name, settled)) != settled
+        ]
+        # what the text tower gives, by default its own width
+        projection = sections["text_config"].get("projection_size") or values["text_width"]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path.name} is no configuration of a model: {error!r}") from error
+    if kind != "siglip":
+        differs = [f"model_type is {kind!r}, not 'siglip'"]
+    elif projection != values["width"]:
+        differs.append(
+            f"text_config.projection_size is {projection!r}, not the image tower's {values['width']!r}"
+        )
+    if differs:
+        raise ValueError(f"{path.name} asks for what is not here: {'; '.join(differs)}")
+    try:
+        return SigLIPConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+# --- the folder ---
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse a folder whose loss would be one."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"folder={str(folder)!r} is a file")
+    names = {path.name for path in folder.iterdir()}
+    if names and names != {_CONFIG, _WEIGHTS, _PIECES}:
+        raise FileExistsError(
+            f"folder={str(folder)!r} holds {listed(names)}; one that is not empty is replaced only if it is a SigLIP, "
+            f"{_CONFIG}, {_WEIGHTS} and {_PIECES}, and nothing else"
+        )
+    if names:
+        try:
+            _read_config(folder / _CONFIG)
+        except ValueError as error:
+            raise FileExistsError(f"folder={str(folder)!r} holds no SigLIP: {error}") from error
+
+
+def _write(
+    folder: Path, config: SigLIPConfig, state: dict[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Write a new folder beside ``folder``, then let it take that one's place."""
+    from safetensors.torch import save_file
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new.mkdir()
+        (new / _CONFIG).write_text(_config_json(config))
+        (new / _PIECES).write_bytes(tokenizer.proto)
+        save_file(state, new / _WEIGHTS, metadata={"format": "pt"})
+        try:
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(new, folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                os.rename(old, folder)
+            raise

@@ -1,0 +1,336 @@
+"""Train a SigLIP on emoji64.
+
+What is random about a step follows from the seed and the step's number alone. So a training that was stopped goes on as
+if it had not been, and two with the same seed on the same device are the same. Two compiled ones, each in a process of
+its own, were seen to differ.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from siglip_lib.augment import DRAWS, augment, compose
+from siglip_lib.checks import count, finite, positive_int
+from siglip_lib.emoji64 import Emoji64, captions, unique_batches
+from siglip_lib.losses import sigmoid_loss
+from siglip_lib.siglip import SigLIP, SigLIPConfig, check_tokenizer
+from siglip_lib.text import Tokenizer
+
+BLOCK = 50  # steps whose random numbers are drawn at once, and whose losses are looked at together
+# The sizes of the weights that ship, 2.0 million parameters; 1,500 pieces of words, 16 to a caption.
+EMOJI64_SIGLIP = SigLIPConfig(
+    image_size=64,
+    patch_size=8,
+    width=128,
+    layers=6,
+    heads=4,
+    mlp_hidden=512,
+    text_width=128,
+    text_layers=2,
+    text_heads=4,
+    text_mlp_hidden=512,
+    vocab_size=1500,
+    context_length=16,
+)
+EMOJI64_WEIGHTS = Path(__file__).parent / "weights" / "emoji64"
+# their unit vectors (5094, 128) of all pictures, "pictures" in a safetensors file, float16
+EMOJI64_VECTORS = EMOJI64_WEIGHTS.with_name("emoji64_vectors.safetensors")
+_EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries set themselves up in the first ones
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; the numbers are those of the shipped weights.
+
+    Args:
+        steps: optimizer steps.
+        batch: pairs in a step, each of another concept.
+        lr: highest rate of AdamW, reached after ``warmup`` steps, then lowered along a cosine to 0.
+        logit_lr: the same for log-temperature and bias.
+        weight_decay: of matrices; norms, biases, positions, the pooling query, temperature and bias have none.
+        warmup: steps of a linear rise.
+        clip: largest norm of the gradient.
+        strength: of the augmentation, see ``augment``.
+        keywords: whether captions may name keywords beside the name.
+        seed: of batches, captions and augmentation.
+    """
+
+    steps: int = 10_000
+    batch: int = 512
+    lr: float = 2e-3
+    logit_lr: float = 2e-3
+    weight_decay: float = 0.5
+    warmup: int = 500
+    clip: float = 1.0
+    strength: float = 1.0
+    keywords: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "warmup"):
+            positive_int(name, getattr(self, name))
+        count("seed", self.seed)
+        for name in ("lr", "logit_lr", "weight_decay", "clip", "strength"):
+            if finite(name, getattr(self, name)) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+class Diverged(Exception):
+    """The loss is no longer a finite number."""
+
+
+class Training:
+    """A training that can be run in parts, stored, and taken up again.
+
+    Args:
+        model: the SigLIP, changed in place; moved to ``device``.
+        tokenizer: of its text tower.
+        emoji: the pictures and names.
+        places: (n,) which of the pictures to train on, such as ``split(emoji).train``.
+        config: how to train.
+        device: where. On a GPU matrix products are in bfloat16 (autocast), and a step is recorded as a CUDA graph,
+            which leaves out the time that Python needs to launch its kernels.
+        compile: whether to compile the step. On an H100 that took 31 s, and made 198 steps a second out of 94: it pays
+            from 5,500 steps on.
+
+    Attributes:
+        step: steps done.
+        losses: the loss of each.
+
+    Raises:
+        ValueError: there are fewer concepts than a batch needs, or the tokenizer does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: SigLIP,
+        tokenizer: Tokenizer,
+        emoji: Emoji64,
+        places: Tensor,
+        config: TrainConfig,
+        device: torch.device | str,
+        compile: bool = False,
+    ) -> None:
+        self._concept = emoji.concept[places]
+        concepts = len(self._concept.unique())
+        if config.batch > concepts:
+            raise ValueError(
+                f"batch={config.batch} must be at most {concepts}, one of each concept"
+            )
+        check_tokenizer(tokenizer, model.config)
+        self.model, self.config, self.device = model, config, torch.device(device)
+        self.model.to(device).train()
+        self.step, self.losses = 0, []
+        self._pictures = emoji.pictures[places].to(device)
+        self._tokens, self._first, self._captions = _caption_table(
+            tokenizer, emoji, config.keywords
+        )
+        self._tokens = self._tokens.to(device)
+        self._optimizer = _optimizer(model, config, self.device)
+        shapes = {"which": (config.batch,), "text": (config.batch,), "draws": (config.batch, DRAWS)}
+        self._inputs = {
+            name: torch.zeros(
+                shape, dtype=torch.float32 if name == "draws" else torch.int64, device=device
+            )
+            for name, shape in shapes.items()
+        }
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._eager_steps = 0
+        self._block: dict[str, Tensor] = {}
+        self._loss = torch.zeros((), device=device)
+        self._forward = torch.compile(self._batch_loss) if compile else self._batch_loss
+
+    def run(self, until: int | None = None, progress: bool = True) -> None:
+        """Train up to step ``until``, or to the end; show a bar with loss and rate.
+
+        Raises:
+            Diverged: the loss is not finite. The model is spoilt; ``load`` takes up a stored training.
+        """
+        from tqdm.auto import tqdm
+
+        until = self.config.steps if until is None else until
+        if not self.step <= until <= self.config.steps:
+            raise ValueError(f"until={until} must lie in {self.step} to {self.config.steps}")
+        with tqdm(total=until, initial=self.step, unit="step", disable=not progress) as bar:
+            while self.step < until:
+                count = min(BLOCK - self.step % BLOCK, until - self.step)
+                found = torch.zeros(count, device=self.device)
+                for i in range(count):
+                    self._fill(self.step + i)
+                    found[i] = self._one_step()
+                found = found.tolist()  # waits for the device
+                for i, loss in enumerate(found):
+                    if not math.isfinite(loss):
+                        raise Diverged(
+                            f"the loss is {loss} at step {self.step + i}; lower lr={self.config.lr} or "
+                            f"logit_lr={self.config.logit_lr}, or lengthen warmup={self.config.warmup}"
+                        )
+                self.losses += found
+                self.step += count
+                bar.update(count)
+                bar.set_postfix(loss=f"{sum(found) / count:.3f}", lr=f"{self._rate(self.step):.1e}")
+
+    def save(self, path: str | Path) -> None:
+        """Store the training as it stands, whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".part")
+        state = {
+            "config": asdict(self.config),
+            "sizes": asdict(self.model.config),
+            "step": self.step,
+            "losses": torch.tensor(self.losses),
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self, path: str | Path) -> None:
+        """Take up a training that ``save`` stored, of the same configuration and sizes.
+
+        Raises:
+            ValueError: it was stored with others; nothing was changed.
+        """
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        here = asdict(self.config) | asdict(self.model.config)
+        stored = state["config"] | state["sizes"]
+        if differs := {name: value for name, value in stored.items() if value != here[name]}:
+            raise ValueError(f"{Path(path).name} was stored with other settings: {differs}")
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step, self.losses = state["step"], state["losses"].tolist()
+        self._graph, self._eager_steps, self._block = None, 0, {}
+
+    def _rate(self, step: int) -> float:
+        """The share of the highest rate times ``lr`` at a step."""
+        return self.config.lr * _schedule(step, self.config)
+
+    def _fill(self, step: int) -> None:
+        """Put the inputs of a step where the graph reads them."""
+        if step % BLOCK == 0 or not self._block:
+            self._block = self._draw(step // BLOCK)
+        for name, place in self._inputs.items():
+            place.copy_(self._block[name][step % BLOCK], non_blocking=True)
+        share = _schedule(step, self.config)
+        for group in self._optimizer.param_groups:
+            group["lr"].fill_(group["highest"] * share)
+
+    def _draw(self, block: int) -> dict[str, Tensor]:
+        """The random numbers of one block of steps, on the device."""
+        # torch's generator looks at 32 bits of a seed: two numbers can't be packed into it by hand
+        seed = np.random.SeedSequence((self.config.seed, block)).generate_state(1).item()
+        generator = torch.Generator().manual_seed(seed)
+        shape = (BLOCK, self.config.batch)
+        which = unique_batches(self._concept, self.config.batch, generator, BLOCK)
+        concept = self._concept[which]
+        chance = torch.rand(shape, generator=generator, dtype=torch.float64)
+        text = self._first[concept] + (chance * self._captions[concept]).long()
+        draws = torch.rand(*shape, DRAWS, generator=generator)
+        found = {"which": which, "text": text, "draws": draws}
+        return {name: tensor.to(self.device) for name, tensor in found.items()}
+
+    def _one_step(self) -> Tensor:
+        if self._graph is not None:
+            self._graph.replay()
+            return self._loss
+        if self.device.type != "cuda" or self._eager_steps < _EAGER_STEPS:
+            self._eager_steps += 1
+            return self._forward_backward_update()
+        self._graph = torch.cuda.CUDAGraph()
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(self._graph):
+            self._loss = self._forward_backward_update()
+        self._graph.replay()  # recording ran nothing
+        return self._loss
+
+    def _forward_backward_update(self) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._forward()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self._optimizer.step()
+        return loss.detach()
+
+    def _batch_loss(self) -> Tensor:
+        inputs = self._inputs
+        pixels = augment(
+            self._pictures[inputs["which"]], inputs["draws"], self.config.strength
+        )  # (B, 3, 64, 64)
+        tokens = self._tokens[inputs["text"]]  # (B, N)
+        # a cache of converted weights would not outlive the recording of a graph
+        with torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.device.type == "cuda",
+            cache_enabled=False,
+        ):
+            image, text = self.model.encode_image(pixels), self.model.encode_text(tokens)
+        return sigmoid_loss(image, text, self.model.logit_scale, self.model.logit_bias)
+
+
+def _schedule(step: int, config: TrainConfig) -> float:
+    """Share of the highest rate: up a line, down a cosine."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+def _optimizer(model: SigLIP, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    logit, matrices, others = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.startswith("logit_"):
+            logit.append(parameter)
+        elif name.endswith(("pos_embed", "latent")) or parameter.ndim < 2:
+            others.append(parameter)
+        else:
+            matrices.append(parameter)
+    rates = (
+        (matrices, config.lr, config.weight_decay),
+        (others, config.lr, 0.0),
+        (logit, config.logit_lr, 0.0),
+    )
+    # a rate on the device can change without recording the graph anew
+    groups = [
+        {"params": p, "lr": torch.tensor(lr, device=device), "highest": lr, "weight_decay": decay}
+        for p, lr, decay in rates
+    ]
+    return torch.optim.AdamW(
+        groups, betas=(0.9, 0.98), fused=True, capturable=device.type == "cuda"
+    )
+
+
+def _caption_table(
+    tokenizer: Tokenizer, emoji: Emoji64, keywords: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of all captions, concept after concept; by concept the place of the first, and how many."""
+    texts = [
+        captions(name, words if keywords else [])
+        for name, words in zip(emoji.names, emoji.keywords, strict=True)
+    ]
+    counts = torch.tensor([len(found) for found in texts])
+    tokens = tokenizer([caption for found in texts for caption in found])
+    return tokens, counts.cumsum(0) - counts, counts
+
+
+@torch.no_grad()
+def embed_pictures(model: SigLIP, rgba: Tensor, batch_size: int = 512) -> Tensor:
+    """Return unit vectors (B, width) of pictures (B, 4, H, W) uint8, on white."""
+    device = model.logit_scale.device
+    found = [model.encode_image(compose(part.to(device))) for part in rgba.split(batch_size)]
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def embed_texts(model: SigLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Return unit vectors (M, width) of texts."""
+    return model.encode_text(tokenizer(texts).to(model.logit_scale.device))

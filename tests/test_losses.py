@@ -1,0 +1,607 @@
+"""The losses: the whole matrix of logits in float64 is the oracle."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from siglip_lib import losses, measure
+from siglip_lib.losses import sigmoid_loss, sigmoid_loss_block, softmax_loss
+
+HALF = (torch.float16, torch.bfloat16)
+NAMES = ("image", "text", "logit_scale", "logit_bias")
+
+
+def plain(image, text, logit_scale, logit_bias, image_ids=None, text_ids=None):
+    """Algorithm 1 of the paper, but for the ids."""
+    logits = logit_scale.exp() * image @ text.t() + logit_bias
+    if image_ids is None:
+        image_ids = text_ids = torch.arange(len(image), device=image.device)
+    labels = (image_ids[:, None] == text_ids).to(logits.dtype)
+    return -F.logsigmoid((2 * labels - 1) * logits).sum() / len(image)
+
+
+def draw(b, m, d, dtype=torch.float64, device="cpu", scale=1.3, bias=-2.0):
+    """Random vectors of length 1, logit_scale and logit_bias, all to be learned."""
+    # around one direction, so that the products' sum is far from 0
+    image, text = (
+        F.normalize(torch.randn(n, d, dtype=torch.float64, device=device) + 0.5, dim=1)
+        for n in (b, m)
+    )
+    scalars = (torch.tensor(x, dtype=torch.float32, device=device) for x in (scale, bias))
+    if dtype == torch.float64:
+        scalars = (x.double() for x in scalars)
+    return tuple(x.requires_grad_() for x in (image.to(dtype), text.to(dtype), *scalars))
+
+
+def loss_and_gradients(loss, arguments, *others, incoming=1.0, **options):
+    value = loss(*arguments, *others, **options)
+    gradients = torch.autograd.grad(value, arguments, torch.full_like(value, incoming))
+    names = NAMES[: len(arguments)]
+    return {"loss": value.detach()} | dict(zip(names, gradients, strict=True))
+
+
+def in_float64(arguments):
+    return tuple(x.detach().double().requires_grad_() for x in arguments)
+
+
+def assert_equal_to_rounding(found, expected, tolerance=1e-13):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype == torch.float64
+        assert found[name].shape == value.shape
+        scale = max(1, value.abs().max().item())
+        torch.testing.assert_close(
+            found[name], value, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+CASES = {  # images, texts, their ids
+    "one pair": (1, 1, None, None),
+    "diagonal": (8, 8, None, None),
+    "diagonal by ids": (4, 4, [7, -3, 9, 0], [7, -3, 9, 0]),
+    "several positives": (7, 7, [0, 1, 0, 2, 3, 1, 0], [1, 0, 0, 5, 3, 3, 1]),
+    "more images": (9, 4, [0, 1, 2, 3, 3, 2, 1, 0, 0], [0, 1, 2, 3]),
+    "more texts": (3, 8, [4, 5, 6], [6, 6, 5, 1, 4, 4, 4, 2]),
+    "no positive": (3, 2, [1, 2, 3], [4, 5]),
+    "all positive": (3, 2, [1, 1, 1], [1, 1]),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 8, None])
+@pytest.mark.parametrize("case", CASES)
+def test_is_the_plain_form(case, chunk, device):
+    b, m, *ids = CASES[case]
+    ids = [None if x is None else torch.tensor(x, device=device) for x in ids]
+    arguments = draw(b, m, 5, device=device)
+    found = loss_and_gradients(sigmoid_loss, arguments, *ids, chunk=chunk, incoming=-3.7)
+    assert_equal_to_rounding(found, loss_and_gradients(plain, arguments, *ids, incoming=-3.7))
+    assert sigmoid_loss(*(x.detach() for x in arguments), *ids, chunk=chunk) == found["loss"]
+
+
+@given(
+    b=st.integers(1, 6),
+    m=st.integers(1, 6),
+    d=st.integers(1, 4),
+    chunk=st.integers(1, 7),
+    kinds=st.integers(1, 4),
+    scale=st.floats(-3, 5),
+    bias=st.floats(-200, 200),
+    seed=st.integers(0, 2**16),
+)
+def test_is_the_plain_form_for_any_shape_ids_and_scale(b, m, d, chunk, kinds, scale, bias, seed):
+    torch.manual_seed(seed)
+    arguments = draw(b, m, d, scale=scale, bias=bias)
+    ids = [torch.randint(kinds, (n,), dtype=torch.int32) for n in (b, m)]
+    found = loss_and_gradients(sigmoid_loss, arguments, *ids, chunk=chunk)
+    assert_equal_to_rounding(found, loss_and_gradients(plain, arguments, *ids))
+
+
+def test_gradcheck():
+    arguments = draw(3, 4, 2)
+    ids = torch.tensor([0, 1, 1]), torch.tensor([1, 0, 2, 0])
+    assert torch.autograd.gradcheck(lambda *x: sigmoid_loss(*x, *ids, chunk=2), arguments)
+
+
+def test_at_the_papers_start():
+    b = 6
+    eye = torch.eye(b, dtype=torch.float64)
+    start = torch.tensor(10.0, dtype=torch.float64).log(), torch.tensor(-10.0, dtype=torch.float64)
+    # right pairs have logit 0, the others -10
+    expected = math.log(2) + (b - 1) * math.log1p(math.exp(-10))
+    assert sigmoid_loss(eye, eye, *start).item() == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("sure", [40.0, 18.0, -25.0, -60.0, -750.0])
+def test_sure_pairs_keep_their_digits(sure):
+    image = torch.tensor([[1.0], [-1.0]], dtype=torch.float64, requires_grad=True)
+    text = math.copysign(1, sure) * image.detach()
+    scale = torch.tensor(abs(sure), dtype=torch.float64).log()
+    loss = sigmoid_loss(image, text, scale, torch.zeros_like(scale))
+    loss.backward()
+    # all four pairs have z * logit = sure, and both texts pull or push an image the same way
+    small = math.exp(-abs(sure))
+    expected = 2 * (max(0, -sure) + math.log1p(small))
+    torch.testing.assert_close(loss.item(), expected, rtol=1e-14, atol=0)
+    slope = (small if sure > 0 else 1) / (1 + small)
+    expected = torch.tensor([[-sure], [sure]], dtype=torch.float64) * slope
+    torch.testing.assert_close(image.grad, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_sums_in_float32(dtype):
+    arguments = draw(60, 60, 16, dtype, scale=3.0, bias=-8.0)
+    found = loss_and_gradients(sigmoid_loss, arguments, chunk=25)
+    expected = loss_and_gradients(plain, in_float64(arguments))
+    assert found["loss"].dtype == torch.float32
+    torch.testing.assert_close(found["loss"].double(), expected["loss"], rtol=1e-6, atol=0)
+    for name, argument in zip(NAMES, arguments, strict=True):
+        assert found[name].dtype == argument.dtype
+        scale = expected[name].abs().max().item()
+        # what float32 sums may lose, and one rounding to the dtype in the end
+        rounding = 0 if argument.dtype == torch.float32 else torch.finfo(dtype).eps / 2
+        torch.testing.assert_close(
+            found[name].double(), expected[name], rtol=rounding, atol=2e-6 * scale
+        )
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float64])
+def test_scale_and_bias_of_another_dtype(dtype):
+    image, text, *scalars = draw(5, 5, 4, torch.float32)
+    scalars = [x.detach().to(dtype).requires_grad_() for x in scalars]
+    found = loss_and_gradients(sigmoid_loss, (image, text, *scalars))
+    assert [found[name].dtype for name in NAMES] == [torch.float32] * 2 + [dtype] * 2
+    assert found["loss"].dtype == torch.float32
+
+
+def test_a_scalers_factor_comes_before_the_rounding():
+    image, text, scale, bias = draw(4, 4, 3, torch.float16, bias=-22.0)
+    ids = torch.arange(4), torch.arange(4, 8)  # no positives: gradients below what float16 holds
+    exact = loss_and_gradients(plain, in_float64((image, text, scale, bias)), *ids)["text"]
+    assert 0 < exact.abs().max() < 2e-8
+    scaled = loss_and_gradients(sigmoid_loss, (image, text, scale, bias), *ids, incoming=2.0**20)
+    torch.testing.assert_close(scaled["text"].double(), exact * 2**20, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_autocast_changes_nothing(dtype, device):
+    arguments = draw(7, 7, 5, dtype, device)
+    for loss, given_ in ((sigmoid_loss, arguments), (softmax_loss, arguments[:3])):
+        expected = loss_and_gradients(loss, given_)
+        with torch.autocast(device.type, torch.bfloat16):
+            value, unrecorded = loss(*given_), loss(*(x.detach() for x in given_))
+        gradients = torch.autograd.grad(value, given_)
+        assert value.dtype == torch.float32
+        assert value == unrecorded == expected["loss"]
+        assert all(
+            torch.equal(x, expected[name]) for name, x in zip(NAMES, gradients, strict=False)
+        )
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_in_nan_out(name, ids):
+    arguments = draw(5, 5, 3)
+    with torch.no_grad():
+        arguments[NAMES.index(name)].view(-1)[-1] = math.nan
+    ids = (torch.arange(5), torch.arange(5)) if ids else ()
+    found = loss_and_gradients(sigmoid_loss, arguments, *ids, chunk=2)
+    assert found["loss"].isnan()
+    assert found["logit_scale"].isnan()
+    assert sigmoid_loss(*(x.detach() for x in arguments), *ids).isnan()
+
+
+def test_only_what_is_learned_gets_a_gradient():
+    expected = loss_and_gradients(sigmoid_loss, arguments := draw(5, 5, 3))
+    for kept, name in enumerate(NAMES):
+        some = [x.detach().requires_grad_(i == kept) for i, x in enumerate(arguments)]
+        sigmoid_loss(*some).backward()
+        assert torch.equal(some[kept].grad, expected[name])
+        assert all(x.grad is None for i, x in enumerate(some) if i != kept)
+
+
+def test_backward_twice_and_second_derivatives():
+    arguments = draw(3, 3, 2)
+    loss = sigmoid_loss(*arguments)
+    first = torch.autograd.grad(loss, arguments, retain_graph=True)
+    incoming = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    second = torch.autograd.grad(loss, arguments, incoming, create_graph=True)
+    assert all(torch.equal(2 * a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        second[0].sum().backward()
+
+
+# --- what it holds and what it runs ---
+
+
+class Recorder(TorchDispatchMode):
+    """Counts matrix products and notes the number of elements of the largest tensor made."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ids", [False, True])
+def test_holds_blocks_only(ids, dtype):
+    b, m, d, chunk = (96, 72, 3, 15) if ids else (96, 96, 3, 15)
+    arguments = draw(b, m, d, dtype)
+    ids = (torch.randint(9, (b,)), torch.randint(9, (m,))) if ids else ()
+    with Recorder() as seen:
+        loss = sigmoid_loss(*arguments, *ids, chunk=chunk)
+        loss.backward()
+    assert seen.largest == max(b * d, chunk * chunk)  # a thirtieth of b * m
+    with Recorder() as seen:
+        plain(*arguments, *ids).backward()
+    assert seen.largest == b * m  # the recorder sees such a tensor where there is one
+
+
+def test_default_block():
+    side = 4096
+    arguments = draw(side + 4, side + 4, 2, torch.float32)
+    with Recorder() as seen:
+        sigmoid_loss(*(x.detach() for x in arguments))
+    assert seen.largest == side**2
+    assert 4 * side**2 == 64 * 2**20
+
+
+def test_forms_gradients_in_the_forward_pass_and_only_if_recorded():
+    arguments = draw(7, 7, 5)
+    blocks = 3 * 3
+    with Recorder() as forward:
+        loss = sigmoid_loss(*arguments, chunk=3)
+    with Recorder() as backward:
+        loss.backward()
+    assert (forward.products, backward.products) == (3 * blocks, 0)
+    with Recorder() as seen, torch.no_grad():
+        value = sigmoid_loss(*arguments, chunk=3)
+    assert (seen.products, value.requires_grad, value) == (blocks, False, loss)
+    with Recorder() as seen:
+        sigmoid_loss(*(x.detach() for x in arguments), chunk=3)
+    assert seen.products == blocks
+
+
+@pytest.mark.parametrize("offset", range(-5, 7))
+def test_a_block_with_any_diagonal(offset):
+    image, text, *scalars = (x.detach() for x in draw(4, 6, 3))
+    positive = torch.arange(4)[:, None] + offset == torch.arange(6)
+    results = []
+    for given_ in (offset, positive):
+        sums = torch.full_like(image, 0.5), torch.full_like(text, 0.5)
+        results.append((*sigmoid_loss_block(image, text, *scalars, given_, sums), *sums))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    without = sigmoid_loss_block(image, text, *scalars, offset, None)
+    assert torch.equal(without[0], results[0][0])
+
+
+def test_blocks_of_texts_that_come_around_make_the_whole():
+    """As several GPUs would do it: each keeps its images, and the texts with their sums pass by."""
+    image, text, logit_scale, logit_bias = draw(6, 6, 3)
+    expected = loss_and_gradients(sigmoid_loss, (image, text, logit_scale, logit_bias))
+    with torch.no_grad():
+        scale = logit_scale.exp()
+        d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
+        loss = d_bias = 0
+        for step in range(3):
+            for i in range(0, 6, 2):
+                j = (i + 2 * step) % 6
+                one, other = slice(i, i + 2), slice(j, j + 2)
+                sums = d_image[one], d_text[other]
+                got = sigmoid_loss_block(image[one], text[other], scale, logit_bias, i - j, sums)
+                loss, d_bias = loss + got[0] / 6, d_bias + got[1] / 6
+        found = {
+            "loss": loss,
+            "image": d_image * scale / 6,
+            "text": d_text * scale / 6,
+            "logit_scale": scale * (d_image * image).sum() / 6,
+            "logit_bias": d_bias,
+        }
+    assert_equal_to_rounding(found, expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-3), (torch.float16, 4e-4)])
+@pytest.mark.parametrize("bias", [-2.0, -20.0])
+def test_a_block_in_half_precision(bias, dtype, tolerance, monkeypatch):
+    """What runs on a GPU, with its matrix product imitated."""
+
+    def product(a, b):
+        assert a.dtype == b.dtype == dtype
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(losses, "_product", product)
+    image, text, logit_scale, logit_bias = draw(40, 50, 16, dtype, bias=bias)
+    ids = torch.arange(40) % 30, torch.arange(50) + 15
+    exact = loss_and_gradients(plain, in_float64((image, text, logit_scale, logit_bias)), *ids)
+    with torch.no_grad():
+        scale = logit_scale.exp()
+        sums = torch.zeros(40, 16), torch.zeros(50, 16)
+        positive = ids[0][:, None] == ids[1]
+        loss, d_bias = sigmoid_loss_block(image, text, scale, logit_bias, positive, sums)
+        torch.testing.assert_close(loss.double() / 40, exact["loss"], rtol=1e-6, atol=0)
+        torch.testing.assert_close(d_bias.double() / 40, exact["logit_bias"], rtol=1e-3, atol=0)
+        for found, name in zip(sums, ("image", "text"), strict=True):
+            assert distance(found * scale / 40, exact[name]) < tolerance
+        # the first ten images and the last twenty texts have negatives only: tiny derivatives, and not lost
+        assert distance(sums[0][:10] * scale / 40, exact["image"][:10]) < tolerance
+        assert distance(sums[1][30:] * scale / 40, exact["text"][30:]) < tolerance
+
+
+def distance(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+# --- compiled ---
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_compiled_code_keeps_it_whole(ids, device):
+    ids = (torch.arange(5, device=device), torch.zeros(5, device=device).long()) if ids else ()
+    arguments = draw(5, 5, 3, device=device)
+    graphs = []
+
+    def keep(graph, _):
+        inner = [x for x in graph.modules() if isinstance(x, torch.fx.GraphModule)]
+        graphs.append("\n".join(str(x.graph) for x in inner))
+        return graph
+
+    def call(*given_):
+        return 2 * sigmoid_loss(*given_, *ids, chunk=2)
+
+    expected = loss_and_gradients(call, arguments)
+    for backend in (keep, "aot_eager"):
+        compiled = torch.compile(call, fullgraph=True, backend=backend)
+        found = loss_and_gradients(compiled, arguments)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        with torch.no_grad():
+            assert compiled(*arguments) == expected["loss"]
+    assert len(graphs) == 2
+    assert all("siglip_lib.sigmoid_loss" in graph and "mm" not in graph for graph in graphs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_the_operator_is_what_it_says(with_gradients, dtype, device):
+    arguments = [x.detach() for x in draw(5, 4, 3, dtype, device)]
+    ids = [torch.arange(n, device=device) for n in (5, 4)]
+    torch.library.opcheck(
+        torch.ops.siglip_lib.sigmoid_loss.default,
+        (*arguments, *ids, 2, with_gradients),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+# --- refused ---
+
+X, S, I = torch.ones(4, 3), torch.tensor(0.0), torch.arange(4)  # noqa: E741
+RIGHT = {"image": X, "text": X, "logit_scale": S, "logit_bias": S}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"image": [[1.0]]}, TypeError, "image must be a tensor, not list"),
+        (
+            {"image": X.long()},
+            TypeError,
+            "image is torch.int64; allowed are float16, bfloat16, float32, float64",
+        ),
+        ({"image": X[0]}, ValueError, "image has shape (3,); it must be (B, D), each at least 1"),
+        (
+            {"text": X[None]},
+            ValueError,
+            "text has shape (1, 4, 3); it must be (M, D), each at least 1",
+        ),
+        (
+            {"image": X[:0]},
+            ValueError,
+            "image has shape (0, 3); it must be (B, D), each at least 1",
+        ),
+        (
+            {"text": X[:, :0]},
+            ValueError,
+            "text has shape (4, 0); it must be (M, D), each at least 1",
+        ),
+        ({"text": X[:, :2]}, ValueError, "text has shape (4, 2); it must be (M, 3)"),
+        (
+            {"text": X.double()},
+            TypeError,
+            "text is torch.float64; it must be torch.float32, as image is",
+        ),
+        (
+            {"text": X.to("meta")},
+            ValueError,
+            "text is on meta; it must be on cpu, as image is",
+        ),
+        ({"text": X[:3]}, ValueError, "text has 3 rows; without ids it must have 4, as image has"),
+        ({"logit_scale": 1.0}, TypeError, "logit_scale must be a tensor, not float"),
+        ({"logit_scale": S[None]}, ValueError, "logit_scale has shape (1,); it must be ()"),
+        (
+            {"logit_scale": S.long()},
+            TypeError,
+            "logit_scale is torch.int64; allowed are float16, bfloat16, float32, float64",
+        ),
+        (
+            {"logit_scale": S.to("meta")},
+            ValueError,
+            "logit_scale is on meta; it must be on cpu, as image is",
+        ),
+        ({"logit_bias": None}, TypeError, "logit_bias must be a tensor, not NoneType"),
+        ({"logit_bias": S.expand(4)}, ValueError, "logit_bias has shape (4,); it must be ()"),
+        ({"image_ids": I}, ValueError, "text_ids=None must be given, as the other ids are"),
+        ({"text_ids": I}, ValueError, "image_ids=None must be given, as the other ids are"),
+        (
+            {"image_ids": I, "text_ids": I[:3]},
+            ValueError,
+            "text_ids has shape (3,); it must be (4,)",
+        ),
+        (
+            {"image_ids": I[:, None], "text_ids": I},
+            ValueError,
+            "image_ids has shape (4, 1); it must be (4,)",
+        ),
+        (
+            {"image_ids": [0, 1, 2, 3], "text_ids": I},
+            TypeError,
+            "image_ids must be a tensor, not list",
+        ),
+        (
+            {"image_ids": I, "text_ids": I.float()},
+            TypeError,
+            "text_ids is torch.float32; it must be of integers",
+        ),
+        (
+            {"image_ids": I.bool(), "text_ids": I},
+            TypeError,
+            "image_ids is torch.bool; it must be of integers",
+        ),
+        (
+            {"image_ids": I, "text_ids": I.to("meta")},
+            ValueError,
+            "text_ids is on meta; it must be on cpu, as image is",
+        ),
+        ({"chunk": 0}, ValueError, "chunk=0 must be at least 1"),
+        ({"chunk": -3}, ValueError, "chunk=-3 must be at least 1"),
+        ({"chunk": 2.0}, TypeError, "chunk=2.0 must be an int, not float"),
+    ],
+)
+def test_wrong_arguments(wrong, error, message):
+    with Recorder() as seen, pytest.raises(error) as caught:
+        sigmoid_loss(**(RIGHT | wrong))
+    assert str(caught.value) == message
+    assert seen.largest == 0  # nothing was computed
+
+
+# --- softmax ---
+
+
+def test_softmax_is_the_mean_of_both_ways(device):
+    arguments = draw(7, 7, 5, device=device)[:3]
+
+    def simple(image, text, logit_scale):
+        logits = logit_scale.exp() * image @ text.t()
+        both = [logits.log_softmax(dim).diagonal().mean() for dim in (0, 1)]
+        return -sum(both) / 2
+
+    found = loss_and_gradients(softmax_loss, arguments, incoming=-2.3)
+    assert_equal_to_rounding(found, loss_and_gradients(simple, arguments, incoming=-2.3))
+
+
+def test_softmax_both_ways():
+    # image 0 likes both texts alike, text 0 likes image 0 more: rows and columns differ
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    text = torch.tensor([[1.0, 0.0], [1.0, 3.0]], dtype=torch.float64)
+    rows = (math.log(2) + math.log1p(math.exp(-3))) / 2
+    columns = (math.log1p(math.exp(-1)) + math.log1p(math.exp(-2))) / 2
+    loss = softmax_loss(image, text, torch.tensor(0.0, dtype=torch.float64))
+    assert loss.item() == pytest.approx((rows + columns) / 2, rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_softmax_in_float32(dtype):
+    arguments = draw(60, 60, 16, dtype, scale=3.0)[:3]
+    found = loss_and_gradients(softmax_loss, arguments)
+    expected = loss_and_gradients(softmax_loss, in_float64(arguments))
+    assert found["loss"].dtype == torch.float32
+    assert [found[name].dtype for name in NAMES[:3]] == [x.dtype for x in arguments]
+    torch.testing.assert_close(found["loss"].double(), expected["loss"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        found["image"].double(), expected["image"], rtol=torch.finfo(dtype).eps, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"image": X.long()}, TypeError, "image is torch.int64; allowed are float16"),
+        ({"text": X.half()}, TypeError, "text is torch.float16; it must be torch.float32"),
+        ({"text": X[:3]}, ValueError, "text has 3 rows; without ids it must have 4"),
+        ({"logit_scale": S[None]}, ValueError, "logit_scale has shape (1,); it must be ()"),
+    ],
+)
+def test_softmax_wrong_arguments(wrong, error, message):
+    with pytest.raises(error) as caught:
+        softmax_loss(**({"image": X, "text": X, "logit_scale": S} | wrong))
+    assert message in str(caught.value)
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-3), (torch.float16, 4e-4)])
+def test_half_precision_on_a_gpu(dtype, tolerance, ids, gpu):
+    arguments = draw(500, 500, 64, dtype, gpu, scale=math.log(10), bias=-10.0)
+    ids = torch.randint(300, (2, 500), device=gpu) if ids else ()
+    exact = loss_and_gradients(plain, in_float64(arguments), *ids)
+    for chunk in (136, 77, None):
+        found = loss_and_gradients(sigmoid_loss, arguments, *ids, chunk=chunk)
+        torch.testing.assert_close(found["loss"].double(), exact["loss"], rtol=1e-5, atol=0)
+        for name, argument in zip(NAMES, arguments, strict=True):
+            assert found[name].dtype == argument.dtype
+            assert distance(found[name], exact[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_waits_for_nothing_and_repeats_itself_on_a_gpu(dtype, gpu):
+    arguments = draw(700, 700, 64, dtype, gpu)
+    ids = torch.randint(300, (2, 700), device=gpu)
+    for given_ids in ((), ids):
+        first = loss_and_gradients(sigmoid_loss, arguments, *given_ids, chunk=200)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            second = loss_and_gradients(sigmoid_loss, arguments, *given_ids, chunk=200)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_in_a_cuda_graph(gpu):
+    arguments = draw(300, 300, 64, torch.bfloat16, gpu)
+    fresh = draw(300, 300, 64, torch.bfloat16, gpu, scale=0.7, bias=-3.0)
+    ids = torch.randint(200, (2, 300), device=gpu)
+
+    def call():
+        return loss_and_gradients(sigmoid_loss, arguments, *ids, chunk=128)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    with torch.no_grad():
+        for x, new in zip(arguments, fresh, strict=True):
+            x.copy_(new)
+    graph.replay()
+    expected = call()
+    assert all(torch.equal(captured[name], expected[name]) for name in expected)
+
+
+def test_a_tenth_of_the_memory_on_a_gpu(gpu):
+    arguments = draw(16384, 16384, 64, torch.bfloat16, gpu)
+
+    def peak(loss):
+        return measure(
+            lambda: loss_and_gradients(loss, arguments), gpu, repeats=1, warmup=1
+        ).peak_bytes
+
+    def in_bfloat16(image, text, logit_scale, logit_bias):
+        """The plain form at its smallest: no matrix of it in float32."""
+        return plain(image, text, logit_scale.bfloat16(), logit_bias.bfloat16())
+
+    assert 10 * peak(sigmoid_loss) < peak(in_bfloat16)

@@ -1,0 +1,65 @@
+"""Wrong answers to notebook 09's exercises, each with a piece of what the check must say."""
+
+_HALVES = """
+def in_halves(image, text, logit_scale, logit_bias):
+    ids = torch.arange(len(image))
+    total = 0
+    for i, x in enumerate(image.chunk(2)):
+        for j, y in enumerate(text.chunk(2)):
+            {}
+    return {}
+"""
+_CALL = "total += sigmoid_loss(x, y, logit_scale, logit_bias, *(ids.chunk(2)[k] for k in (i, j)))"
+_PLAIN_CALL = "total += sigmoid_loss(x, y, logit_scale, logit_bias)"
+
+WRONG = {
+    "09.1": {
+        "def balanced(pictures, texts, positives): return math.log(pictures * texts / positives - 1)": "sign is wrong",
+        "def balanced(pictures, texts, positives): return positives / (pictures * texts - positives)": "the logarithm",
+        "def balanced(pictures, texts, positives): return math.log(positives / (pictures * texts))": "not all pairs",
+        "def balanced(pictures, texts, positives): return -math.log(pictures - 1)": "one text each",
+        "def balanced(pictures, texts, positives): return math.log(positives)": "nothing to balance",
+        "def balanced(pictures, texts, positives): return -10": "you say -10.0000",
+        "def balanced(pictures, texts, positives): return math.log(10 / 86)": "a number fixed",
+        "def balanced(pictures, texts, positives): return 'minus ten'": "must return a number",
+    },
+    "09.2": {
+        "def by_logits(logits, yes): return logits.sigmoid() - yes.double()": "the sum over pairs",
+        "def by_logits(logits, yes): return (logits.sigmoid() - yes.double()) / logits.numel()": "number of pairs",
+        "def by_logits(logits, yes): return (logits.sigmoid() - yes.double()) / logits.shape[1]": "number of texts",
+        "def by_logits(logits, yes): return (yes.double() - logits.sigmoid()) / len(logits)": "sign is wrong",
+        "def by_logits(logits, yes): return logits.sigmoid() / len(logits)": "all pairs as wrong",
+        "def by_logits(logits, yes): return (logits.softmax(1) - yes.double()) / len(logits)": "stands alone",
+        """
+def by_logits(logits, yes):
+    z = 2.0 * yes - 1.0
+    return -F.logsigmoid(z * logits) / len(logits)
+""": "not its derivative",
+        """
+def by_logits(logits, yes):
+    z = 2.0 * yes - 1.0
+    return -z * torch.sigmoid(z * logits) / len(logits)
+""": "yours is large",
+        "def by_logits(logits, yes): return (logits.sigmoid_() - yes.double()) / len(logits)": "changed the logits",
+        "def by_logits(logits, yes): return (logits.sigmoid() - yes.double()).sum(1)": "shape of the logits",
+        "def by_logits(logits, yes): return torch.zeros_like(logits)": "where it must be",
+    },
+    "09.3": {
+        _HALVES.format(_CALL, "total"): "twice too large",
+        _HALVES.format(_CALL, "total / 4"): "half of what it must be",
+        _HALVES.format("if i == j: " + _CALL, "total / 2"): "never asked",
+        _HALVES.format("if i == j: " + _CALL, "total"): "never asked",
+        _HALVES.format(_PLAIN_CALL, "total / 2"): "without ids",
+        _HALVES.format(_CALL.replace("(i, j)", "(0, 1)"), "total / 2"): "the loss of 8 pairs is",
+        _HALVES.format(
+            _CALL.replace(
+                "(x, y,", "(image.chunk(2)[min(i, j)], text.chunk(2)[max(i, j)],"
+            ).replace("(i, j))", "(min(i, j), max(i, j)))"),
+            "total / 2",
+        ): "comes twice",
+        _HALVES.format(_CALL, "(total / 2).item()"): "a tensor of shape ()",
+        _HALVES.format(_CALL, "(total / 2).detach()"): "no gradient can flow",
+        "def in_halves(*learned): return sigmoid_loss(*learned)": "matrix of all pairs",
+        _HALVES.format(_CALL.replace("(x, y,", "(x.detach(), y,"), "total / 2"): "gradients",
+    },
+}

@@ -1,0 +1,64 @@
+"""Wrong answers to notebook 10's exercises, each with a piece of what the check must say."""
+
+_LOSS = """
+def start_loss(batch, bias):
+    yes, no = math.log1p(math.exp(-bias)), math.log1p(math.exp(bias))
+    return {}
+"""
+_RECALL = """
+def my_recall(similarity, right, k):
+    {}
+    own = similarity.gather(1, right[:, None])
+    before = {}
+    return (before < k).float().{}
+"""
+_FINITE = "if not similarity.isfinite().all(): raise ValueError('not finite')"
+_BEFORE = "(similarity >= own).sum(1) - 1"
+_ENSEMBLE = """
+def ensemble(vectors):
+    mean = vectors.mean({})
+    return {}
+"""
+
+WRONG = {
+    "10.1": {
+        _LOSS.format("yes"): "are missing",
+        _LOSS.format("yes + batch * no"): "not B",
+        _LOSS.format("no + (batch - 1) * yes"): "exchanged",
+        _LOSS.format("(batch - 1) * no"): "does belong to the picture is missing",
+        _LOSS.format("batch * (yes + (batch - 1) * no)"): "that is the sum",
+        _LOSS.format("(yes + (batch - 1) * no) / batch"): "divided by B twice",
+        _LOSS.format("-yes - (batch - 1) * no"): "sign is wrong",
+        _LOSS.format("math.log(batch)"): "it must be 10.02",
+        _LOSS.format("str(yes)"): "must return a number",
+    },
+    "10.2": {
+        _RECALL.format(_FINITE, "(similarity > own).sum(1)", "mean().item()"): "as similar as",
+        _RECALL.format(_FINITE, "(similarity >= own).sum(1)", "mean().item()"): "before itself",
+        _RECALL.format(_FINITE, _BEFORE, "sum().item()"): "not a number of queries",
+        _RECALL.format(_FINITE, "(similarity <= own).sum(1) - 1", "mean().item()"): "0.25, 0.75",
+        _RECALL.format("", _BEFORE, "mean().item()"): "similarity of nan",
+        _RECALL.format(
+            "if similarity.isnan().any(): raise ValueError", _BEFORE, "mean().item()"
+        ): "similarity of inf",
+        _RECALL.format(
+            "if not similarity[0, 0].isfinite(): raise ValueError", _BEFORE, "mean().item()"
+        ): "ValueError",
+        "def my_recall(similarity, right, k): return similarity": "must be one number",
+        _RECALL.format("similarity.mul_(2)", _BEFORE, "mean().item()"): "changed",
+    },
+    "10.3": {
+        _ENSEMBLE.format("0", "mean"): "shorter than 1",
+        _ENSEMBLE.format("0", "mean / mean.norm()"): "not all of them together",
+        _ENSEMBLE.format("0", "mean / mean.norm(dim=0)"): "last axis",
+        _ENSEMBLE.format("1", "mean / mean.norm(dim=-1, keepdim=True)"): "must be (3, 5)",
+        "def ensemble(vectors): return vectors[0]": "another direction",
+        "def ensemble(vectors): return vectors.sum(0)": "not the mean",
+        "def ensemble(vectors): return 'mean'": "must be a tensor",
+        """
+def ensemble(vectors):
+    mean = vectors.mul_(2).mean(0)
+    return mean / mean.norm(dim=-1, keepdim=True)
+""": "changed",
+    },
+}
