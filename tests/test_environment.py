@@ -23,7 +23,7 @@ CONDA_NAMES = {
     "matplotlib": "matplotlib-base",
     "huggingface-hub": "huggingface_hub",
 }
-CONDA_BRINGS = {"nvidia-cuda-runtime-cu12"}
+CONDA_BRINGS = {"nvidia-cuda-runtime-cu12", "triton"}
 
 REQUIREMENTS = [
     Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.values()) for line in lines

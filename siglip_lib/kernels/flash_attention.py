@@ -1,0 +1,513 @@
+"""Flash attention in Triton, forward and backward, on q, k and v as they lie packed in one tensor.
+
+A program owns a block of queries and reads the keys and values block by block. It never holds a row of scores: of each
+row it keeps the largest score so far, m, the sum of exp2(score - m), and the output that these weights give. When a
+block brings a larger m, what was summed before is scaled down by exp2(old m - new m) (the online softmax).
+
+A matrix unit's tile is a power of two wide, and SO400M's head has 72 channels. Padding 72 to 128 wastes 44 % of the
+products. Here a head is cut in two, 64 + 16 of which 8 are real: 80 instead of 128.
+
+Scores are in base 2: exp2 is one instruction on a GPU, exp is two.
+
+Source: Dao et al., FlashAttention (2022), section 3.1; Dao, FlashAttention-2 (2023), sections 3.1 and 3.2; Milakov and
+Gimelshein, Online normalizer calculation for softmax (2018), section 3.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from siglip_lib.checks import finite
+
+HEAD_DIMS = (64, 72, 80, 96, 128)
+MAX_TOKENS = 16_384
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel is cut: rows that a program owns, rows that it reads at a time, warps, pipeline stages."""
+
+    own: int
+    read: int
+    warps: int
+    stages: int
+
+
+# By kernel and head_dim. tests/tune_kernels.py times a list of them, each held against float64 first.
+BLOCKS = {
+    "forward": {dim: Blocks(128, 64, 8, 3) for dim in HEAD_DIMS},
+    "keys": {dim: Blocks(64, 64, 4, 2) for dim in HEAD_DIMS},
+    "queries": {dim: Blocks(64, 64, 4, 2) for dim in HEAD_DIMS},
+}
+
+
+def flash_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """Return ``softmax(q @ k.T * scale) @ v`` for each sample and head, without a mask.
+
+    Args:
+        qkv: q, k and v (B, N, 3, heads, head_dim), contiguous, as a linear layer gives them; bfloat16 or float16 on a
+            CUDA device, float32 or float16 on a CPU in Triton's interpreter. head_dim is one of 64, 72, 80, 96, 128,
+            N is 1 to 16,384.
+        scale: factor of the scores, above 0; ``head_dim ** -0.5`` if None.
+
+    Returns:
+        (B, N, heads, head_dim), contiguous, dtype of qkv. The gradient of qkv comes packed as qkv is, and both passes
+        give the same bits on every run.
+
+    Raises:
+        TypeError: a dtype that is not offered.
+        ValueError: a shape, strides, a device or a scale that is not offered; the message says what to use instead.
+    """
+    _check(qkv)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else finite("scale", scale)
+    if scale <= 0:
+        raise ValueError(f"scale={scale} must be above 0; attend(backend='sdpa') takes any")
+    return torch.ops.siglip_lib.flash_attention(qkv, scale)[0]
+
+
+# --- forward ---
+
+
+@triton.jit
+def _place(tokens, HEADS: tl.constexpr, OWN: tl.constexpr):
+    """Return which block of rows is this program's, and of which pair of sample and head."""
+    # neighbours have the same keys and values, so these come out of the L2 cache
+    blocks = tl.cdiv(tokens, OWN)
+    pair = tl.program_id(0) // blocks
+    return tl.program_id(0) % blocks, pair, (pair // HEADS).to(tl.int64), pair % HEADS
+
+
+@triton.jit
+def _forward_kernel(
+    qkv,
+    out,
+    lse,
+    scale,  # of the scores, times log2(e)
+    tokens,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,  # the largest power of two in DIM
+    REST: tl.constexpr,  # a power of two that holds what is left, or 0
+    OWN: tl.constexpr,  # queries of this program
+    READ: tl.constexpr,  # keys at a time
+    TAIL: tl.constexpr,  # a power of two that holds the last keys, or 0
+):
+    # strides are constants: a run-time stride of 72 would cost the 16-byte loads
+    row: tl.constexpr = 3 * HEADS * DIM
+    block, pair, sample, head = _place(tokens, HEADS, OWN)
+    q_base = qkv + sample * tokens * row + head * DIM
+    k_base = q_base + HEADS * DIM
+    v_base = k_base + HEADS * DIM
+
+    queries = block * OWN + tl.arange(0, OWN)
+    inside = tl.minimum(
+        queries, tokens - 1
+    )  # rows past the end read the last one and are not stored
+    main = tl.arange(0, MAIN)
+    q_main = tl.load(q_base + inside[:, None] * row + main[None, :])  # (OWN, MAIN), in registers
+    m = tl.full([OWN], float("-inf"), tl.float32)
+    total = tl.zeros([OWN], tl.float32)
+    o_main = tl.zeros([OWN, MAIN], tl.float32)
+    q_rest, o_rest = 0, 0
+    if REST:
+        rest = MAIN + tl.arange(0, REST)
+        q_rest = tl.load(
+            q_base + inside[:, None] * row + rest[None, :], mask=rest[None, :] < DIM, other=0.0
+        )
+        o_rest = tl.zeros([OWN, REST], tl.float32)
+
+    full = tokens // READ * READ
+    if (
+        TAIL
+    ):  # first: behind the loop it would make the assembler run the loop's products one by one
+        m, total, o_main, o_rest = _one_block(
+            q_main, q_rest, k_base, v_base, full, m, total, o_main, o_rest,
+            scale, tokens, row, DIM, MAIN, REST, TAIL, True,
+        )  # fmt: skip
+    for start in range(0, full, READ):
+        m, total, o_main, o_rest = _one_block(
+            q_main, q_rest, k_base, v_base, start, m, total, o_main, o_rest,
+            scale, tokens, row, DIM, MAIN, REST, READ, False,
+        )  # fmt: skip
+
+    kept = queries < tokens
+    out_base = out + (sample * tokens * HEADS + head) * DIM + inside[:, None] * (HEADS * DIM)
+    o_main = o_main / total[:, None]
+    tl.store(out_base + main[None, :], o_main.to(out.dtype.element_ty), mask=kept[:, None])
+    if REST:
+        o_rest = o_rest / total[:, None]
+        here = kept[:, None] & (rest[None, :] < DIM)
+        tl.store(out_base + rest[None, :], o_rest.to(out.dtype.element_ty), mask=here)
+    # log2 of the sum of exp2(scores): all that the backward pass needs of a row
+    tl.store(lse + pair * tokens + inside, m + tl.log2(total), mask=kept)
+
+
+@triton.jit
+def _one_block(
+    q_main, q_rest, k_base, v_base, start, m, total, o_main, o_rest,
+    scale, tokens,
+    row: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    READ: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take READ keys and values into the running maximum, sum and output."""
+    keys = start + tl.arange(0, READ)
+    inside = tl.minimum(keys, tokens - 1) if MASKED else keys
+    main = tl.arange(0, MAIN)
+    # the narrow product first: the wide one then runs while its result is added
+    k_main = tl.load(k_base + inside[None, :] * row + main[:, None])  # (MAIN, READ)
+    if REST:
+        rest = MAIN + tl.arange(0, REST)
+        k_rest = tl.load(
+            k_base + inside[None, :] * row + rest[:, None], mask=rest[:, None] < DIM, other=0.0
+        )
+        scores = tl.dot(q_rest, k_rest, input_precision="ieee")
+        scores = tl.dot(q_main, k_main, scores, input_precision="ieee")  # (OWN, READ)
+    else:
+        scores = tl.dot(q_main, k_main, input_precision="ieee")
+    if MASKED:
+        scores = tl.where(keys[None, :] < tokens, scores, float("-inf"))
+
+    most = tl.maximum(tl.max(scores, 1) * scale, m)
+    p = tl.exp2(scores * scale - most[:, None])
+    shrink = tl.exp2(m - most)
+    total = total * shrink + tl.sum(p, 1)
+    v_main = tl.load(v_base + inside[:, None] * row + main[None, :])  # (READ, MAIN)
+    p = p.to(v_main.dtype)
+    # into a fresh sum and then added: scaling the sum itself would stall the matrix unit that fills it
+    o_main = o_main * shrink[:, None] + tl.dot(p, v_main, input_precision="ieee")
+    if REST:
+        v_rest = tl.load(
+            v_base + inside[:, None] * row + rest[None, :], mask=rest[None, :] < DIM, other=0.0
+        )
+        o_rest = o_rest * shrink[:, None] + tl.dot(p, v_rest, input_precision="ieee")
+    return most, total, o_main, o_rest
+
+
+# --- backward: a pass for dq, then one for dk and dv; no two programs add to one number, so sums never vary ---
+
+
+@triton.jit
+def _queries_kernel(
+    qkv, out, d_out, lse, delta, d_qkv, scale, plain_scale, tokens,
+    HEADS: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    OWN: tl.constexpr, READ: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Compute dq of OWN queries: over all keys, dq = ds @ k. And delta, which the other pass needs too."""
+    row: tl.constexpr = 3 * HEADS * DIM
+    block, pair, sample, head = _place(tokens, HEADS, OWN)
+    q_base = qkv + sample * tokens * row + head * DIM
+    k_base = q_base + HEADS * DIM
+
+    queries = block * OWN + tl.arange(0, OWN)
+    inside = tl.minimum(queries, tokens - 1)
+    main = tl.arange(0, MAIN)
+    q_rows = q_base + inside[:, None] * row
+    o_rows = (sample * tokens * HEADS + head) * DIM + inside[:, None] * (HEADS * DIM)
+    q_main, do_main = tl.load(q_rows + main[None, :]), tl.load(d_out + o_rows + main[None, :])
+    row_lse = tl.load(lse + pair * tokens + inside)
+    # the sum over channels of out * d_out, which the gradients of all of a row's scores have in common
+    o_main = tl.load(out + o_rows + main[None, :])
+    row_delta = tl.sum(o_main.to(tl.float32) * do_main.to(tl.float32), 1)
+    dq_main = tl.zeros([OWN, MAIN], tl.float32)
+    q_rest, do_rest, dq_rest = 0, 0, 0
+    if REST:
+        rest = MAIN + tl.arange(0, REST)
+        real = rest[None, :] < DIM
+        q_rest = tl.load(q_rows + rest[None, :], mask=real, other=0.0)
+        do_rest = tl.load(d_out + o_rows + rest[None, :], mask=real, other=0.0)
+        o_rest = tl.load(out + o_rows + rest[None, :], mask=real, other=0.0)
+        row_delta += tl.sum(o_rest.to(tl.float32) * do_rest.to(tl.float32), 1)
+        dq_rest = tl.zeros([OWN, REST], tl.float32)
+    tl.store(delta + pair * tokens + inside, row_delta, mask=queries < tokens)
+
+    full = tokens // READ * READ
+    if TAIL:
+        dq_main, dq_rest = _some_keys(
+            q_main, q_rest, do_main, do_rest, dq_main, dq_rest, row_lse, row_delta,
+            k_base, full, scale, tokens, HEADS, DIM, MAIN, REST, TAIL, True,
+        )  # fmt: skip
+    for start in range(0, full, READ):
+        dq_main, dq_rest = _some_keys(
+            q_main, q_rest, do_main, do_rest, dq_main, dq_rest, row_lse, row_delta,
+            k_base, start, scale, tokens, HEADS, DIM, MAIN, REST, READ, False,
+        )  # fmt: skip
+
+    kept = (queries < tokens)[:, None]
+    dtype = d_qkv.dtype.element_ty
+    dq_rows = d_qkv + sample * tokens * row + head * DIM + inside[:, None] * row
+    tl.store(dq_rows + main[None, :], (dq_main * plain_scale).to(dtype), mask=kept)
+    if REST:
+        tl.store(dq_rows + rest[None, :], (dq_rest * plain_scale).to(dtype), mask=kept & real)
+
+
+@triton.jit
+def _some_keys(
+    q_main, q_rest, do_main, do_rest, dq_main, dq_rest, row_lse, row_delta,
+    k_base, start, scale, tokens,
+    HEADS: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    READ: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add what READ keys give to dq."""
+    row: tl.constexpr = 3 * HEADS * DIM
+    keys = start + tl.arange(0, READ)
+    inside = tl.minimum(keys, tokens - 1) if MASKED else keys
+    main = tl.arange(0, MAIN)
+    k_rows = k_base + inside[:, None] * row
+    v_rows = k_rows + HEADS * DIM
+    k_main, v_main = (
+        tl.load(k_rows + main[None, :]),
+        tl.load(v_rows + main[None, :]),
+    )  # (READ, MAIN)
+    if REST:
+        rest = MAIN + tl.arange(0, REST)
+        real = rest[None, :] < DIM
+        k_rest = tl.load(k_rows + rest[None, :], mask=real, other=0.0)
+        v_rest = tl.load(v_rows + rest[None, :], mask=real, other=0.0)
+        scores = tl.dot(q_rest, tl.trans(k_rest), input_precision="ieee")
+        scores = tl.dot(q_main, tl.trans(k_main), scores, input_precision="ieee")  # (OWN, READ)
+        dp = tl.dot(do_rest, tl.trans(v_rest), input_precision="ieee")
+        dp = tl.dot(do_main, tl.trans(v_main), dp, input_precision="ieee")
+    else:
+        scores = tl.dot(q_main, tl.trans(k_main), input_precision="ieee")
+        dp = tl.dot(do_main, tl.trans(v_main), input_precision="ieee")
+    p = tl.exp2(scores * scale - row_lse[:, None])
+    ds = p * (dp - row_delta[:, None])
+    if MASKED:
+        ds = tl.where(keys[None, :] < tokens, ds, 0.0)
+    ds = ds.to(k_main.dtype)
+    dq_main = tl.dot(ds, k_main, dq_main, input_precision="ieee")
+    if REST:
+        dq_rest = tl.dot(ds, k_rest, dq_rest, input_precision="ieee")
+    return dq_main, dq_rest
+
+
+@triton.jit
+def _keys_kernel(
+    qkv, d_out, lse, delta, d_qkv, scale, plain_scale, tokens,
+    HEADS: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    OWN: tl.constexpr, READ: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Compute dk and dv of OWN keys: over all queries, dv = p.T @ d_out and dk = ds.T @ q."""
+    row: tl.constexpr = 3 * HEADS * DIM
+    block, pair, sample, head = _place(tokens, HEADS, OWN)
+    q_base = qkv + sample * tokens * row + head * DIM
+    do_base = d_out + (sample * tokens * HEADS + head) * DIM
+    lse_base, delta_base = lse + pair * tokens, delta + pair * tokens
+
+    keys = block * OWN + tl.arange(0, OWN)
+    inside = tl.minimum(keys, tokens - 1)
+    main = tl.arange(0, MAIN)
+    k_base = q_base + HEADS * DIM + inside[:, None] * row
+    v_base = k_base + HEADS * DIM
+    k_main, v_main = tl.load(k_base + main[None, :]), tl.load(v_base + main[None, :])  # (OWN, MAIN)
+    dk_main, dv_main = tl.zeros([OWN, MAIN], tl.float32), tl.zeros([OWN, MAIN], tl.float32)
+    k_rest, v_rest, dk_rest, dv_rest = 0, 0, 0, 0
+    if REST:
+        rest = MAIN + tl.arange(0, REST)
+        real = rest[None, :] < DIM
+        k_rest = tl.load(k_base + rest[None, :], mask=real, other=0.0)
+        v_rest = tl.load(v_base + rest[None, :], mask=real, other=0.0)
+        dk_rest, dv_rest = tl.zeros([OWN, REST], tl.float32), tl.zeros([OWN, REST], tl.float32)
+
+    full = tokens // READ * READ
+    if TAIL:
+        dk_main, dk_rest, dv_main, dv_rest = _some_queries(
+            k_main, k_rest, v_main, v_rest, dk_main, dk_rest, dv_main, dv_rest,
+            q_base, do_base, lse_base, delta_base, full, scale, tokens,
+            HEADS, DIM, MAIN, REST, TAIL, True,
+        )  # fmt: skip
+    for start in range(0, full, READ):
+        dk_main, dk_rest, dv_main, dv_rest = _some_queries(
+            k_main, k_rest, v_main, v_rest, dk_main, dk_rest, dv_main, dv_rest,
+            q_base, do_base, lse_base, delta_base, start, scale, tokens,
+            HEADS, DIM, MAIN, REST, READ, False,
+        )  # fmt: skip
+
+    kept = (keys < tokens)[:, None]
+    dtype = d_qkv.dtype.element_ty
+    dk_base = d_qkv + sample * tokens * row + (HEADS + head) * DIM + inside[:, None] * row
+    dv_base = dk_base + HEADS * DIM
+    tl.store(dk_base + main[None, :], (dk_main * plain_scale).to(dtype), mask=kept)
+    tl.store(dv_base + main[None, :], dv_main.to(dtype), mask=kept)
+    if REST:
+        tl.store(dk_base + rest[None, :], (dk_rest * plain_scale).to(dtype), mask=kept & real)
+        tl.store(dv_base + rest[None, :], dv_rest.to(dtype), mask=kept & real)
+
+
+@triton.jit
+def _some_queries(
+    k_main, k_rest, v_main, v_rest, dk_main, dk_rest, dv_main, dv_rest,
+    q_base, do_base, lse_base, delta_base, start, scale, tokens,
+    HEADS: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    READ: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add what READ queries give to dk and dv. Scores are transposed here: (keys, queries)."""
+    row: tl.constexpr = 3 * HEADS * DIM
+    queries = start + tl.arange(0, READ)
+    inside = tl.minimum(queries, tokens - 1) if MASKED else queries
+    main = tl.arange(0, MAIN)
+    q_rows, do_rows = q_base + inside[:, None] * row, do_base + inside[:, None] * (HEADS * DIM)
+    q_main, do_main = tl.load(q_rows + main[None, :]), tl.load(do_rows + main[None, :])
+    row_lse, row_delta = tl.load(lse_base + inside), tl.load(delta_base + inside)
+    if MASKED:  # exp2(score - inf) = 0: queries past the end have no part
+        row_lse = tl.where(queries < tokens, row_lse, float("inf"))
+
+    if REST:
+        rest = MAIN + tl.arange(0, REST)
+        real = rest[None, :] < DIM
+        q_rest = tl.load(q_rows + rest[None, :], mask=real, other=0.0)
+        do_rest = tl.load(do_rows + rest[None, :], mask=real, other=0.0)
+        scores = tl.dot(k_rest, tl.trans(q_rest), input_precision="ieee")
+        scores = tl.dot(k_main, tl.trans(q_main), scores, input_precision="ieee")
+        dp = tl.dot(v_rest, tl.trans(do_rest), input_precision="ieee")
+        dp = tl.dot(v_main, tl.trans(do_main), dp, input_precision="ieee")
+    else:
+        scores = tl.dot(k_main, tl.trans(q_main), input_precision="ieee")
+        dp = tl.dot(v_main, tl.trans(do_main), input_precision="ieee")
+
+    p = tl.exp2(scores * scale - row_lse[None, :])
+    ds = (p * (dp - row_delta[None, :])).to(q_main.dtype)
+    p = p.to(q_main.dtype)
+    dv_main = tl.dot(p, do_main, dv_main, input_precision="ieee")
+    dk_main = tl.dot(ds, q_main, dk_main, input_precision="ieee")
+    if REST:
+        dv_rest = tl.dot(p, do_rest, dv_rest, input_precision="ieee")
+        dk_rest = tl.dot(ds, q_rest, dk_rest, input_precision="ieee")
+    return dk_main, dk_rest, dv_main, dv_rest
+
+
+# --- launches, and the operators that autograd and compiled code see ---
+
+_INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+
+
+def _cut(dim: int) -> tuple[int, int]:
+    """Channels as a power of two, and what holds the rest: 64 + 16 for 72."""
+    main = 1 << (dim.bit_length() - 1)
+    return main, max(16, triton.next_power_of_2(dim - main)) if dim > main else 0
+
+
+def _tail(tokens: int, read: int) -> int:
+    left = tokens % read
+    return max(16, triton.next_power_of_2(left)) if left else 0
+
+
+def _launch(name: str, qkv: Tensor, *arguments) -> None:
+    kernel = {"forward": _forward_kernel, "keys": _keys_kernel, "queries": _queries_kernel}[name]
+    batch, tokens, _, heads, dim = qkv.shape
+    blocks, (main, rest) = BLOCKS[name][dim], _cut(dim)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current GPU, not on the tensor's
+        kernel[(triton.cdiv(tokens, blocks.own) * batch * heads,)](
+            *arguments,
+            tokens,
+            HEADS=heads,
+            DIM=dim,
+            MAIN=main,
+            REST=rest,
+            OWN=blocks.own,
+            READ=blocks.read,
+            TAIL=_tail(tokens, blocks.read),
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+
+
+def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, _, heads, dim = qkv.shape
+    out = qkv.new_empty(batch, tokens, heads, dim)
+    lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+    _launch("forward", qkv, qkv, out, lse, scale * _LOG2_E)
+    return out, lse
+
+
+def _backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    d_out = d_out.contiguous()  # sum().backward() and others give one number, expanded
+    delta, d_qkv = torch.empty_like(lse), torch.empty_like(qkv)
+    given = (d_out, lse, delta, d_qkv, scale * _LOG2_E, scale)
+    _launch("queries", qkv, qkv, out, *given)
+    _launch("keys", qkv, qkv, *given)
+    return d_qkv
+
+
+torch.library.define("siglip_lib::flash_attention", "(Tensor qkv, float scale) -> (Tensor, Tensor)")
+torch.library.define(
+    "siglip_lib::flash_attention_backward",
+    "(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
+)
+torch.library.impl("siglip_lib::flash_attention", ("CPU", "CUDA"), _forward)
+torch.library.impl("siglip_lib::flash_attention_backward", ("CPU", "CUDA"), _backward)
+
+
+@torch.library.register_fake("siglip_lib::flash_attention")
+def _(qkv, scale):
+    batch, tokens, _, heads, dim = qkv.shape
+    return (
+        qkv.new_empty(batch, tokens, heads, dim),
+        qkv.new_empty(batch, heads, tokens, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("siglip_lib::flash_attention_backward")
+def _(d_out, qkv, out, lse, scale):
+    return torch.empty_like(qkv)
+
+
+def _keep(ctx, inputs, output) -> None:
+    qkv, ctx.scale = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, d_out, d_lse):
+    if d_out is None:
+        return None, None
+    return torch.ops.siglip_lib.flash_attention_backward(d_out, *ctx.saved_tensors, ctx.scale), None
+
+
+torch.library.register_autograd("siglip_lib::flash_attention", _gradient, setup_context=_keep)
+
+
+# useful operations: two products forward, and five backward, one of which is done a second time to save memory
+@register_flop_formula(torch.ops.siglip_lib.flash_attention)
+def _(qkv_shape, scale, out_shape=None, **_):
+    batch, tokens, _, heads, dim = qkv_shape
+    return 2 * 2 * batch * heads * tokens * tokens * dim
+
+
+@register_flop_formula(torch.ops.siglip_lib.flash_attention_backward)
+def _(d_out_shape, *_, out_shape=None, **__):
+    batch, tokens, heads, dim = d_out_shape
+    return 5 * 2 * batch * heads * tokens * tokens * dim
+
+
+def _check(qkv: Tensor) -> None:
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}; it must be (B, N, 3, heads, head_dim), none of them 0"
+        )
+    tokens, dim = qkv.shape[1], qkv.shape[-1]
+    if dim not in HEAD_DIMS:
+        allowed = ", ".join(map(str, HEAD_DIMS))
+        raise ValueError(f"head_dim={dim} is not offered; {allowed} are, or attend(backend='sdpa')")
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"N={tokens} is above {MAX_TOKENS}; attend(backend='sdpa') takes more")
+    if not qkv.is_contiguous():
+        raise ValueError(f"qkv has strides {qkv.stride()}; it must be contiguous: qkv.contiguous()")
+    if qkv.device.type == "cuda":
+        allowed = (torch.bfloat16, torch.float16)
+    elif qkv.device.type == "cpu" and _INTERPRETED:
+        allowed = (torch.float32, torch.float16)  # the interpreter computes bfloat16 wrongly
+    else:
+        raise ValueError(
+            f"qkv is on {qkv.device}; it must be on a CUDA device, or on the CPU with TRITON_INTERPRET=1 set before "
+            "the import; attend(backend='sdpa') runs everywhere"
+        )
+    if qkv.dtype not in allowed:
+        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"qkv is {qkv.dtype}; on {qkv.device.type} {names} are offered")

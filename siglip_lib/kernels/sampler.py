@@ -1,0 +1,206 @@
+"""Truncated-normal draws in one Triton kernel: from a counter to the rounded number without leaving the registers.
+
+Four steps for each element, none of which reads memory:
+
+1. Philox turns (seed, counter) into 32 random bits. It is a function, not a state that moves on: element i gets number
+   ``i % 4`` of counter ``i // 4`` whoever computes it, so the draws depend on seed and place alone.
+2. The bits choose a place between Phi(alpha) and Phi(beta), Phi being the normal distribution function and alpha and
+   beta the bounds in standard deviations.
+3. The inverse of Phi makes a number of standard deviations of it.
+4. That is scaled, kept inside the bounds and rounded.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from siglip_lib.checks import count, finite, number
+from siglip_lib.trunc_normal import _inner_bounds
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_SQRT2 = math.sqrt(2.0)
+_COUNTERS = 512  # of one program; four elements each
+_STEP = tl.constexpr(2.0**-32)  # between two neighbouring uniform numbers
+
+
+@torch.no_grad()
+def trunc_normal_philox_(
+    tensor: Tensor,
+    mean: float = 0.0,
+    std: float = 1.0,
+    a: float = -2.0,
+    b: float = 2.0,
+    *,
+    seed: int,
+) -> Tensor:
+    """Fill ``tensor`` in place with draws from N(mean, std**2) restricted to [a, b], in one pass over memory.
+
+    As ``siglip_lib.trunc_normal_``: ``a`` and ``b`` are absolute bounds, and every value x satisfies a <= x <= b in
+    the tensor's own dtype. Two things differ. The numbers come from ``seed`` and from an element's place in the
+    tensor, so that the same seed gives the same draws however the work is split; no generator is used or moved on. And
+    the interval has to reach to within one standard deviation of the mean.
+
+    All arithmetic is in float32, from 32 random bits each, so that without bounds a draw is at most 6.4 standard
+    deviations from the mean. In standard deviations its error is at most 7 units in the last place of the draw; if the
+    bounds are not symmetric about the mean, digits cancel beside it, and draws below 1 have the absolute error of 1.
+    Two machines draw the same bits, but each compiler has its own logarithm, square root, quotient and sums of
+    products: the last two or three binary digits of a float32 draw may differ between a GPU and Triton's interpreter,
+    which moreover cuts bfloat16 off where a GPU rounds to the nearest.
+
+    Args:
+        tensor: any shape; float16, bfloat16 or float32. One that is not contiguous is filled by way of a copy.
+        mean: mean of the normal before truncation.
+        std: its standard deviation, positive and finite.
+        a: lower bound, may be ``-inf``; less than ``mean + std``.
+        b: upper bound, may be ``inf``; greater than ``a`` and than ``mean - std``.
+        seed: in [0, 2**63). Tensors that shall differ need seeds that differ.
+
+    Returns:
+        ``tensor`` itself.
+
+    Raises:
+        TypeError: the tensor is not of one of the three dtypes, or an argument is not a number.
+        ValueError: an argument is out of range, no number of the tensor's dtype lies in [a, b], or the tensor is on the
+            CPU and Triton's interpreter is off. ``trunc_normal_`` takes what is refused here for its dtype, its
+            device or its bounds.
+
+    Source: Philox4x32-10, Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); PPND7, Wichura, Algorithm
+    AS 241: The Percentage Points of the Normal Distribution, Applied Statistics 37 (1988).
+    """
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(
+            f"tensor is {found}; allowed are tensors of float16, bfloat16 and float32;"
+            " for float64 use siglip_lib.trunc_normal_"
+        )
+    mean, std = finite("mean", mean), finite("std", std)
+    if not 0 < std < 1e30:
+        raise ValueError(f"std={std!r} must be positive, and below 1e30")
+    for name, bound in (("a", a), ("b", b)):
+        number(name, bound)
+    if not a < b:
+        raise ValueError(f"a={a!r} must be less than b={b!r}")
+    alpha, beta = (a - mean) / std, (b - mean) / std
+    if alpha >= 1 or beta <= -1:
+        raise ValueError(
+            f"a={a!r} and b={b!r} lie to one side of mean={mean!r}, a std={std!r} or more away;"
+            " use siglip_lib.trunc_normal_"
+        )
+    if count("seed", seed) >= 2**63:
+        raise ValueError(f"seed={seed!r} must be less than 2**63")
+    low, high = _inner_bounds(a, b, tensor.dtype)
+    if tensor.is_meta or tensor.numel() == 0:
+        return tensor
+    if not tensor.is_cuda and not (tensor.device.type == "cpu" and _INTERPRETED):
+        raise ValueError(
+            f"tensor is on {tensor.device}; the kernel needs a CUDA GPU, or on a CPU"
+            " TRITON_INTERPRET=1 set before it is imported; else use siglip_lib.trunc_normal_"
+        )
+
+    out = tensor if tensor.is_contiguous() else torch.empty_like(tensor).contiguous()
+    _fill(out, mean, std, low, high, shares(alpha, beta), seed)
+    if out is not tensor:
+        tensor.copy_(out)
+    else:
+        torch.autograd.graph.increment_version(tensor)  # autograd does not see a kernel write
+    return tensor
+
+
+def shares(alpha: float, beta: float) -> tuple[float, float, float, float]:
+    """Return what the bounds mean for the uniform numbers, from bounds in standard deviations.
+
+    Returns:
+        Phi(alpha), the share below the interval; 1 - Phi(beta), that above it; Phi(beta) - Phi(alpha), that inside; and
+        how far above 1/2 the middle of the inside lies. The small ones keep their digits: none is formed as 1 - x.
+    """
+    below, above = math.erfc(-alpha / _SQRT2) / 2, math.erfc(beta / _SQRT2) / 2
+    left, right = math.erf(alpha / _SQRT2), math.erf(beta / _SQRT2)
+    return below, above, (right - left) / 2, (left + right) / 4
+
+
+def _fill(
+    out: Tensor,
+    mean: float,
+    std: float,
+    low: float,
+    high: float,
+    shares: tuple[float, float, float, float],
+    seed: int,
+    counters: int = _COUNTERS,
+) -> None:
+    """Launch the kernel on a contiguous tensor, ``counters`` counters to a program."""
+    programs = triton.cdiv(out.numel(), 4 * counters)
+    with torch.cuda.device_of(out):  # Triton launches on the current GPU, not on the tensor's
+        _kernel[(programs,)](
+            out, out.numel(), seed, mean, std, low, high, *shares, counters=counters
+        )
+
+
+@triton.jit(do_not_specialize=["seed"])  # else some seeds would have the kernel compiled anew
+def _kernel(
+    out_ptr,
+    size,
+    seed,
+    mean,
+    std,
+    low,
+    high,
+    below,
+    above,
+    inside,
+    middle,
+    counters: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * counters  # there may be more than 2**31 elements
+    bits_0, bits_1, bits_2, bits_3 = tl.randint4x(seed, first + tl.arange(0, counters))
+    # side by side, so that a thread has four neighbours and stores them at once
+    pairs = tl.join(tl.join(bits_0, bits_2), tl.join(bits_1, bits_3))
+    bits = tl.reshape(pairs, (4 * counters,))
+
+    x = mean + std * sigmas(bits, below, above, inside, middle)
+    # low and high are numbers of the tensor's dtype, so no rounding steps over them
+    x = tl.minimum(tl.maximum(x, low), high)
+    offset = tl.arange(0, 4 * counters)
+    out = x.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + first * 4 + offset, out, mask=offset < size - first * 4)
+
+
+@triton.jit
+def sigmas(bits, below, above, inside, middle):
+    """Turn 32 random bits into draws, in standard deviations; the rest is what ``shares`` returned."""
+    # Three ways to read the same bits. Read with a sign they count from the middle: numbers near
+    # 0 keep their digits. With the first bit turned they count up from the lower bound, with all
+    # the others turned down from the upper one: those near an end keep theirs. Each stands half a
+    # step off its end, for the inverse of 0 is infinite.
+    signed = bits.to(tl.int32, bitcast=True)
+    from_middle = middle + inside * ((signed.to(tl.float32) + 0.5) * _STEP)
+    from_lower = bits.to(tl.uint32, bitcast=True) ^ 0x80000000
+    is_left = from_middle < 0
+    nearer = tl.where(is_left, from_lower, from_lower ^ 0xFFFFFFFF)
+    tail = inside * ((nearer.to(tl.float32) + 0.5) * _STEP) + tl.where(is_left, below, above)
+    return _inverse(from_middle, tail)
+
+
+@triton.jit
+def _inverse(q, tail):
+    """Return the inverse of Phi at 1/2 + q; ``tail`` is 1/2 - abs(q), with more digits where that is small.
+
+    PPND7 has a third function for tails beyond exp(-25). 32 bits do not reach it: in an interval that
+    comes to within 1 of 0 no tail is below Phi(-1) / 2**33 = exp(-24.7).
+    """
+    r = 0.180625 - q * q
+    centre = ((59.10937472 * r + 159.29113202) * r + 50.434271938) * r + 3.3871327179
+    centre_below = ((67.1875636 * r + 78.757757664) * r + 17.895169469) * r + 1.0
+    t = tl.sqrt(-tl.log(tail)) - 1.6
+    side = ((0.17023821103 * t + 1.3067284816) * t + 2.7568153900) * t + 1.4234372777
+    side_below = (0.12021132975 * t + 0.73700164250) * t + 1.0
+    # chosen before the division, of which there is then one
+    is_centre = tl.abs(q) <= 0.425
+    above = tl.where(is_centre, q * centre, tl.where(q < 0, -side, side))
+    return above / tl.where(is_centre, centre_below, side_below)
+
+
+_INTERPRETED = not isinstance(_kernel, triton.JITFunction)
