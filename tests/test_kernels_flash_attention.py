@@ -1,7 +1,11 @@
 """The Triton attention against float64: on a GPU as it is, on a CPU small, in Triton's interpreter."""
 
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,3 +188,17 @@ def test_strides_dtypes_devices_and_scales_that_are_not_offered(device, monkeypa
 def test_bfloat16_is_refused_where_the_interpreter_is_wrong():
     with pytest.raises(TypeError, match=r"qkv is torch\.bfloat16; on cpu"):
         flash_attention(torch.zeros(1, 4, 3, 1, 64, dtype=torch.bfloat16))
+
+
+def test_the_assembler_neither_spills_nor_serialises():
+    """What costs most is not seen in any result: compiled for a Hopper GPU, on any machine."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, script, "72"], env=plain, capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["forward 72", "queries 72", "keys 72"]
+    for line in lines:
+        assert ", 0 bytes spilled" in line
+        assert line.endswith("serialised: no")

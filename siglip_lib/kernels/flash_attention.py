@@ -123,9 +123,8 @@ def _forward_kernel(
         o_rest = tl.zeros([OWN, REST], tl.float32)
 
     full = tokens // READ * READ
-    if (
-        TAIL
-    ):  # first: behind the loop it would make the assembler run the loop's products one by one
+    # the tail first: behind the loop it would make the assembler run the loop's products one by one
+    if TAIL:
         m, total, o_main, o_rest = _one_block(
             q_main, q_rest, k_base, v_base, full, m, total, o_main, o_rest,
             scale, tokens, row, DIM, MAIN, REST, TAIL, True,
