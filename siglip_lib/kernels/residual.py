@@ -107,20 +107,20 @@ def _forward_kernel(
     rows,
     tokens,
     scale,
-    channels: tl.constexpr,  # known to the compiler, so that it sees which addresses are aligned
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
+    CHANNELS: tl.constexpr,  # known to the compiler, so that it sees which addresses are aligned
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    tiles: tl.constexpr = (channels + block_columns - 1) // block_columns  # across one row
-    first = tl.program_id(0) // tiles * block_rows
-    column = tl.program_id(0) % tiles * block_columns + tl.arange(0, block_columns)
-    row = first + tl.arange(0, block_rows)
-    start = first.to(tl.int64) * channels  # of a large batch there are more than 2**31 elements
-    offset = tl.arange(0, block_rows)[:, None] * channels + column[None, :]
-    inside = (row < rows)[:, None] & (column < channels)[None, :]
+    tiles: tl.constexpr = (CHANNELS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS  # across one row
+    first = tl.program_id(0) // tiles * BLOCK_ROWS
+    column = tl.program_id(0) % tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row = first + tl.arange(0, BLOCK_ROWS)
+    start = first.to(tl.int64) * CHANNELS  # of a large batch there are more than 2**31 elements
+    offset = tl.arange(0, BLOCK_ROWS)[:, None] * CHANNELS + column[None, :]
+    inside = (row < rows)[:, None] & (column < CHANNELS)[None, :]
     kept = _kept(keep_ptr, row, rows, tokens)[:, None] & inside
 
-    factor = _factor(gamma_ptr, column, scale, channels)
+    factor = _factor(gamma_ptr, column, scale, CHANNELS)
     x = tl.load(x_ptr + start + offset, mask=inside)
     branch = tl.load(branch_ptr + start + offset, mask=kept, other=0.0).to(tl.float32)
     out = (x.to(tl.float32) + branch * factor[None, :]).to(x.dtype)
@@ -140,23 +140,23 @@ def _backward_kernel(
     tokens,
     scale,
     steps,
-    channels: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    tiles: tl.constexpr = (channels + block_columns - 1) // block_columns
+    tiles: tl.constexpr = (CHANNELS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     program = tl.program_id(0) // tiles
-    column = tl.program_id(0) % tiles * block_columns + tl.arange(0, block_columns)
-    factor = _factor(gamma_ptr, column, scale, channels)
-    total = tl.zeros((block_rows, block_columns), tl.float32)  # of gamma, not yet added over rows
+    column = tl.program_id(0) % tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    factor = _factor(gamma_ptr, column, scale, CHANNELS)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)  # of gamma, not yet added over rows
 
     # down the rows, a tile at a time; the sums stay in registers
     for step in range(steps):
-        first = (program * steps + step) * block_rows
-        row = first + tl.arange(0, block_rows)
-        start = first.to(tl.int64) * channels
-        offset = tl.arange(0, block_rows)[:, None] * channels + column[None, :]
-        inside = (row < rows)[:, None] & (column < channels)[None, :]
+        first = (program * steps + step) * BLOCK_ROWS
+        row = first + tl.arange(0, BLOCK_ROWS)
+        start = first.to(tl.int64) * CHANNELS
+        offset = tl.arange(0, BLOCK_ROWS)[:, None] * CHANNELS + column[None, :]
+        inside = (row < rows)[:, None] & (column < CHANNELS)[None, :]
         kept = _kept(keep_ptr, row, rows, tokens)[:, None] & inside
 
         # of a dropped sample nothing is read, and zeros are written
@@ -171,7 +171,7 @@ def _backward_kernel(
     if sums_ptr is not None:
         # a row of its own for each program: no atomics, whose order is another one on every run
         sums = tl.sum(total, axis=0) * scale
-        tl.store(sums_ptr + program * channels + column, sums, mask=column < channels)
+        tl.store(sums_ptr + program * CHANNELS + column, sums, mask=column < CHANNELS)
 
 
 @triton.jit
@@ -185,11 +185,11 @@ def _kept(keep_ptr, row, rows, tokens):
 
 
 @triton.jit
-def _factor(gamma_ptr, column, scale, channels: tl.constexpr):
+def _factor(gamma_ptr, column, scale, CHANNELS: tl.constexpr):
     """What branch is multiplied by in each column: gamma / keep_prob."""
     factor = tl.zeros_like(column).to(tl.float32) + scale
     if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr + column, mask=column < channels, other=0.0)
+        gamma = tl.load(gamma_ptr + column, mask=column < CHANNELS, other=0.0)
         factor *= gamma.to(tl.float32)
     return factor
 
@@ -217,9 +217,9 @@ def _forward(
                 batch * tokens,
                 tokens,
                 scale,
-                channels=channels,
-                block_rows=block_rows,
-                block_columns=block_columns,
+                CHANNELS=channels,
+                BLOCK_ROWS=block_rows,
+                BLOCK_COLUMNS=block_columns,
             )
     return out
 
@@ -258,9 +258,9 @@ def _backward(
                 tokens,
                 scale,
                 steps,
-                channels=channels,
-                block_rows=block_rows,
-                block_columns=block_columns,
+                CHANNELS=channels,
+                BLOCK_ROWS=block_rows,
+                BLOCK_COLUMNS=block_columns,
             )
     return d_branch, sums.sum(0).to(gamma.dtype if for_gamma else sums.dtype)
 

@@ -135,7 +135,7 @@ def _fill(
     programs = triton.cdiv(out.numel(), 4 * counters)
     with torch.cuda.device_of(out):  # Triton launches on the current GPU, not on the tensor's
         _kernel[(programs,)](
-            out, out.numel(), seed, mean, std, low, high, *shares, counters=counters
+            out, out.numel(), seed, mean, std, low, high, *shares, COUNTERS=counters
         )
 
 
@@ -152,18 +152,18 @@ def _kernel(
     above,
     inside,
     middle,
-    counters: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * counters  # there may be more than 2**31 elements
-    bits_0, bits_1, bits_2, bits_3 = tl.randint4x(seed, first + tl.arange(0, counters))
+    first = tl.program_id(0).to(tl.int64) * COUNTERS  # there may be more than 2**31 elements
+    bits_0, bits_1, bits_2, bits_3 = tl.randint4x(seed, first + tl.arange(0, COUNTERS))
     # side by side, so that a thread has four neighbours and stores them at once
     pairs = tl.join(tl.join(bits_0, bits_2), tl.join(bits_1, bits_3))
-    bits = tl.reshape(pairs, (4 * counters,))
+    bits = tl.reshape(pairs, (4 * COUNTERS,))
 
     x = mean + std * sigmas(bits, below, above, inside, middle)
     # low and high are numbers of the tensor's dtype, so no rounding steps over them
     x = tl.minimum(tl.maximum(x, low), high)
-    offset = tl.arange(0, 4 * counters)
+    offset = tl.arange(0, 4 * COUNTERS)
     out = x.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + first * 4 + offset, out, mask=offset < size - first * 4)
 
