@@ -55,19 +55,13 @@ def trunc_normal_(
         raise TypeError(
             f"tensor is {found}; allowed are tensors of float16, bfloat16, float32 and float64"
         )
-    mean, std = finite("mean", mean), finite("std", std)
-    if not 0 < std < 1e30:
-        raise ValueError(f"std={std!r} must be positive, and below 1e30")
-    for name, bound in (("a", a), ("b", b)):
-        number(name, bound)
-    if not a < b:
-        raise ValueError(f"a={a!r} must be less than b={b!r}")
-    alpha, beta, span = (a - mean) / std, (b - mean) / std, (b - a) / std
+    mean, std, alpha, beta = check_interval(mean, std, a, b)
+    span = (b - a) / std
     if max(alpha, -beta) > 1e8:
         raise ValueError(
             f"a={a!r} and b={b!r} lie more than 1e8 standard deviations from mean={mean!r}"
         )
-    low, high = _inner_bounds(a, b, tensor.dtype)
+    low, high = inner_bounds(a, b, tensor.dtype)
     if tensor.is_meta or tensor.numel() == 0:
         return tensor
 
@@ -89,6 +83,20 @@ def trunc_normal_(
     # origin + factor * work and the cast, in one pass
     torch.add(_on_cpu(origin, work.dtype), work, alpha=std * sigmas, out=tensor)
     return tensor.clamp_(low, high)
+
+
+def check_interval(
+    mean: float, std: float, a: float, b: float
+) -> tuple[float, float, float, float]:
+    """Return mean, std, and the bounds in standard deviations from the mean; refuse what is out of range."""
+    mean, std = finite("mean", mean), finite("std", std)
+    if not 0 < std < 1e30:
+        raise ValueError(f"std={std!r} must be positive, and below 1e30")
+    for name, bound in (("a", a), ("b", b)):
+        number(name, bound)
+    if not a < b:
+        raise ValueError(f"a={a!r} must be less than b={b!r}")
+    return mean, std, (a - mean) / std, (b - mean) / std
 
 
 def _draw_centre_(
@@ -153,7 +161,7 @@ def _on_cpu(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @functools.cache
-def _inner_bounds(a: float, b: float, dtype: torch.dtype) -> tuple[float, float]:
+def inner_bounds(a: float, b: float, dtype: torch.dtype) -> tuple[float, float]:
     """The smallest and largest number of ``dtype`` in [a, b]: rounding to nearest may step over a bound."""
     info = torch.finfo(dtype)
     low = _on_cpu(max(a, info.min)).to(dtype)

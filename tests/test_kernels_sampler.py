@@ -47,7 +47,7 @@ def test_distribution(mean, std, a, b, dtype, device):
     if dtype == torch.bfloat16 and device.type == "cpu":
         # the interpreter cuts off: up to one step below the same draw rounded as a GPU does it
         wide = draw(x.numel(), torch.float32, device, mean, std, a, b)
-        nearest = wide.clamp(*sampler._inner_bounds(a, b, dtype)).to(dtype)
+        nearest = wide.clamp(*sampler.inner_bounds(a, b, dtype)).to(dtype)
         step = torch.nextafter(nearest.abs(), torch.full_like(x, INF)) - nearest.abs()
         assert ((x.float() - nearest.float()).abs() <= step.float()).all()
         x = nearest
@@ -171,7 +171,7 @@ def test_the_draws_do_not_depend_on_how_they_are_split(dtype, device):
     expected = draw(5003, dtype, device)
     for counters in (64, 1024, 2048):
         x = torch.empty_like(expected)
-        low, high = sampler._inner_bounds(-2.0, 2.0, dtype)
+        low, high = sampler.inner_bounds(-2.0, 2.0, dtype)
         sampler._fill(x, 0.0, 1.0, low, high, sampler.shares(-2, 2), 1, counters)
         assert torch.equal(x, expected)
     # nor on the size, nor on the shape

@@ -196,7 +196,7 @@ def test_so400m_is_transformers_and_timms_in_float32(tmp_path):
 
 
 def test_so400m_on_the_meta_device():
-    trunc_normal._inner_bounds.cache_clear()  # as in a new process
+    trunc_normal.inner_bounds.cache_clear()  # as in a new process
     with torch.device("meta"):
         model = create_siglip_vit()
         assert model(torch.empty(2, 3, 384, 384)).shape == (2, 1152)

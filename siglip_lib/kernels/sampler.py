@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip_lib.checks import count, finite, number
-from siglip_lib.trunc_normal import _inner_bounds
+from siglip_lib.checks import count
+from siglip_lib.trunc_normal import check_interval, inner_bounds
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SQRT2 = math.sqrt(2.0)
@@ -76,14 +76,7 @@ def trunc_normal_philox_(
             f"tensor is {found}; allowed are tensors of float16, bfloat16 and float32;"
             " for float64 use siglip_lib.trunc_normal_"
         )
-    mean, std = finite("mean", mean), finite("std", std)
-    if not 0 < std < 1e30:
-        raise ValueError(f"std={std!r} must be positive, and below 1e30")
-    for name, bound in (("a", a), ("b", b)):
-        number(name, bound)
-    if not a < b:
-        raise ValueError(f"a={a!r} must be less than b={b!r}")
-    alpha, beta = (a - mean) / std, (b - mean) / std
+    mean, std, alpha, beta = check_interval(mean, std, a, b)
     if alpha >= 1 or beta <= -1:
         raise ValueError(
             f"a={a!r} and b={b!r} lie to one side of mean={mean!r}, a std={std!r} or more away;"
@@ -91,7 +84,7 @@ def trunc_normal_philox_(
         )
     if count("seed", seed) >= 2**63:
         raise ValueError(f"seed={seed!r} must be less than 2**63")
-    low, high = _inner_bounds(a, b, tensor.dtype)
+    low, high = inner_bounds(a, b, tensor.dtype)
     if tensor.is_meta or tensor.numel() == 0:
         return tensor
     if not tensor.is_cuda and not (tensor.device.type == "cpu" and _INTERPRETED):
