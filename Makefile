@@ -5,7 +5,7 @@ BIN   := $(VENV)/bin
 PORT  ?= 8888
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.cfg --nbval-cell-timeout=300
 
-.PHONY: lab test lint unit notebooks slow outputs measured speed weights ablations clean
+.PHONY: lab test lint unit notebooks slow outputs measured speed speed-many weights ablations clean
 
 lab: $(VENV)/ready
 	@exec .ci/lab $(BIN) $(PORT)
@@ -32,6 +32,9 @@ measured: $(VENV)/ready  ## on a CPU: run every notebook and store only its time
 
 speed: $(VENV)/ready  ## on a GPU: time SO400M beside timm and transformers, a quarter of an hour
 	$(BIN)/python tests/speed_of_tower.py
+
+speed-many: $(VENV)/ready  ## on all GPUs of a machine: time the ring loss, DDP and FSDP2, a few minutes
+	$(BIN)/torchrun --standalone --nproc-per-node=gpu tests/speed_many_gpus.py
 
 weights: $(VENV)/ready  ## on a GPU: train the SigLIP that ships, three seeds, 4 minutes
 	$(BIN)/python tests/train_emoji64.py weights

@@ -2,7 +2,13 @@
 
 from siglip_lib.attention import Attention, AttentionMaps, attention_maps
 from siglip_lib.attention_pool import AttentionPoolLatent
-from siglip_lib.backends import BackendStatus, attend, attention_backends, choose_backend
+from siglip_lib.backends import (
+    BackendStatus,
+    attend,
+    attend_packed,
+    attention_backends,
+    choose_backend,
+)
 from siglip_lib.block import Block
 from siglip_lib.checkpoints import LoadedWeights, load_weights, save_weights
 from siglip_lib.evaluate import Share, ranks, recall, zero_shot
@@ -30,6 +36,7 @@ from siglip_lib.patches import PatchDropout, PatchEmbed, resample_abs_pos_embed
 from siglip_lib.plots import COLOURS, figure, picture, plot_histogram, show, show_attention
 from siglip_lib.pointing import Scenes, chance, make_scenes, pointing
 from siglip_lib.preprocess import preprocess
+from siglip_lib.ring import ring_sigmoid_loss
 from siglip_lib.siglip import SigLIP, SigLIPConfig, load_siglip, save_siglip
 from siglip_lib.siglip_vit import SIGLIP_CONFIGS, SigLIPVisionConfig, create_siglip_vit
 from siglip_lib.text import TextTransformer, Tokenizer, train_tokenizer
@@ -63,6 +70,7 @@ __all__ = [
     "Tokenizer",
     "VisionTransformer",
     "attend",
+    "attend_packed",
     "attention_backends",
     "attention_maps",
     "attention_viewer",
@@ -95,6 +103,7 @@ __all__ = [
     "ranks",
     "recall",
     "resample_abs_pos_embed",
+    "ring_sigmoid_loss",
     "rollout",
     "save_siglip",
     "save_weights",

@@ -54,15 +54,12 @@ def sigmoid_loss(
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 3.2 and Algorithm 1; section 3.3
     for the blocks. Several positives are not in the paper.
     """
-    _check_vectors(image, text)
-    _check_scalar("logit_scale", logit_scale, image)
-    _check_scalar("logit_bias", logit_bias, image)
-    _check_ids(image_ids, text_ids, image, text)
+    check_arguments(image, text, logit_scale, logit_bias, image_ids, text_ids)
     chunk = _CHUNK if chunk is None else positive_int("chunk", chunk)
     learned = (image, text, logit_scale, logit_bias)
     with torch.autocast(image.device.type, enabled=False):
         if torch.is_grad_enabled() and any(x.requires_grad for x in learned):
-            return _SigmoidLoss.apply(*learned, image_ids, text_ids, chunk)
+            return SigmoidLoss.apply(*learned, image_ids, text_ids, chunk)
         return _loss_and_gradients()(*learned, image_ids, text_ids, chunk, False)[0]
 
 
@@ -90,20 +87,24 @@ def softmax_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     _check_vectors(image, text)
     _check_scalar("logit_scale", logit_scale, image)
     _check_ids(None, None, image, text)
-    wide = _wide(image)
+    wide = wide_dtype(image)
     with torch.autocast(image.device.type, enabled=False):
         logits = logit_scale.to(wide).exp() * (image.to(wide) @ text.to(wide).t())  # (B, B)
         right = torch.arange(len(image), device=image.device)
         return (F.cross_entropy(logits, right) + F.cross_entropy(logits.t(), right)) / 2
 
 
-class _SigmoidLoss(torch.autograd.Function):
+class SigmoidLoss(torch.autograd.Function):
     """The loss, with its gradients formed in the forward pass."""
 
     @staticmethod
     def forward(ctx, image, text, logit_scale, logit_bias, image_ids, text_ids, chunk):
         learned = (image, text, logit_scale, logit_bias)
         loss, *gradients = _loss_and_gradients()(*learned, image_ids, text_ids, chunk, True)
+        return SigmoidLoss.keep(ctx, learned, loss, gradients)
+
+    @staticmethod
+    def keep(ctx, learned, loss, gradients):
         # kept in float32: a gradient scaler's factor comes in first, then the rounding to float16
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [x.dtype for x in learned]
@@ -114,7 +115,7 @@ class _SigmoidLoss(torch.autograd.Function):
     def backward(ctx, incoming):
         saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:4], strict=True)
         found = [(x * incoming).to(dtype) if needed else None for x, dtype, needed in saved]
-        return *found, None, None, None
+        return *found, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
 def _loss_and_gradients():
@@ -135,7 +136,7 @@ def _loss_and_gradients_by_blocks(
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the loss and its gradients by image, text, logit_scale and logit_bias; zeros unless wanted."""
-    wide, device = _wide(image), image.device
+    wide, device = wide_dtype(image), image.device
     if not image.is_cuda:  # a CPU's matrix product has no float32 result for half precision
         image, text = image.to(wide), text.to(wide)
     scale, bias = logit_scale.to(wide).exp(), logit_bias.to(wide)
@@ -149,6 +150,18 @@ def _loss_and_gradients_by_blocks(
             sums = (d_image[rows], d_text[columns]) if with_gradients else None
             part = sigmoid_loss_block(image[rows], text[columns], scale, bias, positive, sums)
             parts.append(part)
+    return finished(parts, image, d_image, d_text, scale, with_gradients)
+
+
+def finished(
+    parts: list[tuple[Tensor, Tensor]],
+    image: Tensor,
+    d_image: Tensor,
+    d_text: Tensor,
+    scale: Tensor,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss and its gradients from what ``sigmoid_loss_block`` returned and added up, which is changed."""
     loss, d_bias = (torch.stack(values).sum() / len(image) for values in zip(*parts, strict=True))
     d_image *= scale / len(image)
     d_text *= scale / len(image)
@@ -231,12 +244,12 @@ def _change_sign(x: Tensor, positive: int | Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b`` in float32, or float64 if they are. In half precision only a GPU can do so."""
-    if a.dtype == _wide(a):
+    if a.dtype == wide_dtype(a):
         return a @ b
-    return torch.mm(a, b, out_dtype=_wide(a))
+    return torch.mm(a, b, out_dtype=wide_dtype(a))
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of the logits and sums for vectors ``x``."""
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -252,7 +265,22 @@ torch.library.impl("siglip_lib::sigmoid_loss", ("CPU", "CUDA"), _loss_and_gradie
 @torch.library.register_fake("siglip_lib::sigmoid_loss")
 def _(image, text, logit_scale, logit_bias, image_ids, text_ids, chunk, with_gradients):
     shapes = ((), image.shape, text.shape, (), ()) if with_gradients else ((),) * 5
-    return tuple(image.new_empty(shape, dtype=_wide(image)) for shape in shapes)
+    return tuple(image.new_empty(shape, dtype=wide_dtype(image)) for shape in shapes)
+
+
+def check_arguments(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+) -> None:
+    """Refuse what ``sigmoid_loss`` does not take."""
+    _check_vectors(image, text)
+    _check_scalar("logit_scale", logit_scale, image)
+    _check_scalar("logit_bias", logit_bias, image)
+    _check_ids(image_ids, text_ids, image, text)
 
 
 def _check_vectors(image: Tensor, text: Tensor) -> None:

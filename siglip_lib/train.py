@@ -1,13 +1,14 @@
-"""Train a SigLIP on emoji64.
+"""Train a SigLIP on emoji64: ``python -m siglip_lib.train --help``, or by ``Training`` in a program.
 
 What is random about a step follows from the seed and the step's number alone. So a training that was stopped goes on as
-if it had not been, and two with the same seed on the same device are the same. Two compiled ones, each in a process of
-its own, were seen to differ.
+if it had not been, and two with the same seed on the same device give the same weights, bit by bit, compiled or not.
 """
 
 import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from siglip_lib.augment import DRAWS, augment, compose
+from siglip_lib.augment import DRAWS, augment
 from siglip_lib.checks import count, finite, positive_int
 from siglip_lib.emoji64 import Emoji64, captions, unique_batches
 from siglip_lib.losses import sigmoid_loss
@@ -107,6 +108,8 @@ class Training:
         ValueError: there are fewer concepts than a batch needs, or the tokenizer does not fit the model.
     """
 
+    _rows = slice(None)  # of each batch; of many processes each has some
+
     def __init__(
         self,
         model: SigLIP,
@@ -132,8 +135,10 @@ class Training:
             tokenizer, emoji, config.keywords
         )
         self._tokens = self._tokens.to(device)
-        self._optimizer = _optimizer(model, config, self.device)
-        shapes = {"which": (config.batch,), "text": (config.batch,), "draws": (config.batch, DRAWS)}
+        self._pair_loss = self._wrapped(model)
+        self.optimizer = _optimizer(model, config, self.device)
+        rows = len(range(config.batch)[self._rows])
+        shapes = {"which": (rows,), "text": (rows,), "draws": (rows, DRAWS)}
         self._inputs = {
             name: torch.zeros(
                 shape, dtype=torch.float32 if name == "draws" else torch.int64, device=device
@@ -164,7 +169,7 @@ class Training:
                 for i in range(count):
                     self._fill(self.step + i)
                     found[i] = self._one_step()
-                found = found.tolist()  # waits for the device
+                found = self._of_whole_batches(found).tolist()  # waits for the device
                 for i, loss in enumerate(found):
                     if not math.isfinite(loss):
                         raise Diverged(
@@ -174,7 +179,7 @@ class Training:
                 self.losses += found
                 self.step += count
                 bar.update(count)
-                bar.set_postfix(loss=f"{sum(found) / count:.3f}", lr=f"{self._rate(self.step):.1e}")
+                bar.set_postfix(loss=f"{sum(found) / count:.3f}", lr=f"{self.rate(self.step):.1e}")
 
     def save(self, path: str | Path) -> None:
         """Store the training as it stands, whole or not at all."""
@@ -186,7 +191,7 @@ class Training:
             "step": self.step,
             "losses": torch.tensor(self.losses),
             "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
         }
         try:
             torch.save(state, temporary)
@@ -201,27 +206,45 @@ class Training:
             ValueError: it was stored with others; nothing was changed.
         """
         state = torch.load(path, map_location=self.device, weights_only=True)
-        here = asdict(self.config) | asdict(self.model.config)
-        stored = state["config"] | state["sizes"]
-        if differs := {name: value for name, value in stored.items() if value != here[name]}:
-            raise ValueError(f"{Path(path).name} was stored with other settings: {differs}")
+        self.check_settings(state["config"] | state["sizes"], Path(path).name)
         self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.step, self.losses = state["step"], state["losses"].tolist()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.go_on_from(state["step"], state["losses"].tolist())
+
+    def rate(self, step: int) -> float:
+        """Return the share of the highest rate times ``lr`` at a step."""
+        return self.config.lr * _schedule(step, self.config)
+
+    def settings(self) -> dict[str, object]:
+        """Return what has to be the same where a stored training is taken up."""
+        return asdict(self.config) | asdict(self.model.config)
+
+    def check_settings(self, stored: dict[str, object], where: str) -> None:
+        """Refuse to take up a training with other settings."""
+        here = self.settings()
+        if differs := {name: value for name, value in stored.items() if value != here[name]}:
+            raise ValueError(f"{where} was stored with other settings: {differs}")
+
+    def go_on_from(self, step: int, losses: list[float]) -> None:
+        """Take up the count of a stored training whose weights and moments are in place."""
+        self.step, self.losses = step, losses
         self._graph, self._eager_steps, self._block = None, 0, {}
 
-    def _rate(self, step: int) -> float:
-        """The share of the highest rate times ``lr`` at a step."""
-        return self.config.lr * _schedule(step, self.config)
+    def _wrapped(self, model: SigLIP) -> nn.Module:
+        """From a batch to its loss; here what spreads the work over many processes may come in."""
+        return PairLoss(model, sigmoid_loss)
+
+    def _of_whole_batches(self, losses: Tensor) -> Tensor:
+        return losses
 
     def _fill(self, step: int) -> None:
         """Put the inputs of a step where the graph reads them."""
         if step % BLOCK == 0 or not self._block:
             self._block = self._draw(step // BLOCK)
         for name, place in self._inputs.items():
-            place.copy_(self._block[name][step % BLOCK], non_blocking=True)
+            place.copy_(self._block[name][step % BLOCK, self._rows], non_blocking=True)
         share = _schedule(step, self.config)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"].fill_(group["highest"] * share)
 
     def _draw(self, block: int) -> dict[str, Tensor]:
@@ -246,19 +269,23 @@ class Training:
             self._eager_steps += 1
             return self._forward_backward_update()
         self._graph = torch.cuda.CUDAGraph()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(self._graph):
             self._loss = self._forward_backward_update()
         self._graph.replay()  # recording ran nothing
         return self._loss
 
     def _forward_backward_update(self) -> Tensor:
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = self._forward()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self._optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with _deterministic():
+            loss = self._forward()
+            loss.backward()
+        self._clip()
+        self.optimizer.step()
         return loss.detach()
+
+    def _clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
 
     def _batch_loss(self) -> Tensor:
         inputs = self._inputs
@@ -266,15 +293,47 @@ class Training:
             self._pictures[inputs["which"]], inputs["draws"], self.config.strength
         )  # (B, 3, 64, 64)
         tokens = self._tokens[inputs["text"]]  # (B, N)
+        return self._pair_loss(pixels, tokens)
+
+
+class PairLoss(nn.Module):
+    """Both towers and the loss: pictures (B, 3, H, W) and tokens (B, N) to a number, in bfloat16 on a GPU.
+
+    One module, as what DDP wraps has to hold the whole forward pass.
+    """
+
+    def __init__(self, model: SigLIP, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         # a cache of converted weights would not outlive the recording of a graph
         with torch.autocast(
-            self.device.type,
+            pixels.device.type,
             torch.bfloat16,
-            enabled=self.device.type == "cuda",
+            enabled=pixels.device.type == "cuda",
             cache_enabled=False,
         ):
             image, text = self.model.encode_image(pixels), self.model.encode_text(tokens)
-        return sigmoid_loss(image, text, self.model.logit_scale, self.model.logit_bias)
+        return self.loss(image, text, self.model.logit_scale, self.model.logit_bias)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Compiled code would otherwise add up the gradient of the embedding in the order in which threads come by."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.utils.deterministic.fill_uninitialized_memory = False  # finds mistakes, costs time
+        with warnings.catch_warnings():
+            # cuBLAS adds up alike as long as it runs on one stream
+            warnings.filterwarnings("ignore", "Deterministic behavior was enabled")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _schedule(step: int, config: TrainConfig) -> float:
@@ -322,15 +381,7 @@ def _caption_table(
     return tokens, counts.cumsum(0) - counts, counts
 
 
-@torch.no_grad()
-def embed_pictures(model: SigLIP, rgba: Tensor, batch_size: int = 512) -> Tensor:
-    """Return unit vectors (B, width) of pictures (B, 4, H, W) uint8, on white."""
-    device = model.logit_scale.device
-    found = [model.encode_image(compose(part.to(device))) for part in rgba.split(batch_size)]
-    return torch.cat(found)
+if __name__ == "__main__":
+    from siglip_lib.train_command import main
 
-
-@torch.no_grad()
-def embed_texts(model: SigLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Return unit vectors (M, width) of texts."""
-    return model.encode_text(tokenizer(texts).to(model.logit_scale.device))
+    main()

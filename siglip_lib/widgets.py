@@ -20,9 +20,8 @@ from siglip_lib.attention import attention_maps
 from siglip_lib.checks import positive_int
 from siglip_lib.explain import check_tower, steady
 from siglip_lib.plots import COLOURS
-from siglip_lib.siglip import SigLIP
+from siglip_lib.siglip import SigLIP, embed_texts
 from siglip_lib.text import Tokenizer, canonicalize
-from siglip_lib.train import embed_texts
 from siglip_lib.vision_transformer import VisionTransformer
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ CELLS = (
 from siglip_lib import attention_viewer, search_box
 from siglip_lib.augment import compose
 from siglip_lib.emoji64 import load_emoji64, split
-from siglip_lib.siglip import load_siglip
-from siglip_lib.train import EMOJI64_WEIGHTS, embed_pictures
+from siglip_lib.siglip import embed_pictures, load_siglip
+from siglip_lib.train import EMOJI64_WEIGHTS
 
 emoji = load_emoji64()
 model, tokenizer = load_siglip(EMOJI64_WEIGHTS)

@@ -16,7 +16,7 @@ import transformers
 from comparing import assert_close
 
 from siglip_lib import siglip
-from siglip_lib.siglip import SigLIP, SigLIPConfig, load_siglip, save_siglip
+from siglip_lib.siglip import SigLIP, SigLIPConfig, embed_pictures, load_siglip, save_siglip
 from siglip_lib.text import Tokenizer, train_tokenizer
 
 CONFIG = SigLIPConfig(
@@ -686,6 +686,15 @@ def test_vectors_have_length_1_and_logits_are_the_papers(device):
     scale, bias = model.logit_scale.exp().item(), model.logit_bias.item()
     expected = [[scale * (i * t).sum().item() + bias for t in text] for i in image]
     torch.testing.assert_close(model.logits(image, text), torch.tensor(expected, device=device))
+
+
+def test_embedding_needs_no_gradient_and_does_not_depend_on_the_batch(device):
+    model = our_model().to(device).eval()
+    rgba = torch.randint(256, (7, 4, 32, 32), dtype=torch.uint8)
+    whole = embed_pictures(model, rgba)
+    assert not whole.requires_grad
+    torch.testing.assert_close(embed_pictures(model, rgba, batch_size=3), whole)
+    torch.testing.assert_close(whole.norm(dim=1), torch.ones(7, device=device))
 
 
 def test_drop_path_is_the_image_towers():

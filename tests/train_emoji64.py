@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from siglip_lib.emoji64 import Emoji64, captions, load_emoji64, split
 from siglip_lib.evaluate import Share, recall
-from siglip_lib.siglip import SigLIP, load_siglip, save_siglip
+from siglip_lib.siglip import SigLIP, embed_pictures, embed_texts, load_siglip, save_siglip
 from siglip_lib.text import Tokenizer, train_tokenizer
 from siglip_lib.train import (
     EMOJI64_SIGLIP,
@@ -31,8 +31,6 @@ from siglip_lib.train import (
     EMOJI64_WEIGHTS,
     TrainConfig,
     Training,
-    embed_pictures,
-    embed_texts,
 )
 
 SHIPPED = {f"seed {seed}": {"seed": seed} for seed in range(3)}

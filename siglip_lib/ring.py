@@ -1,0 +1,211 @@
+"""SigLIP's loss of a batch that many processes share: each keeps its images, and the texts go round."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from siglip_lib.checks import positive_int
+from siglip_lib.losses import (
+    SigmoidLoss,
+    check_arguments,
+    finished,
+    sigmoid_loss,
+    sigmoid_loss_block,
+    wide_dtype,
+)
+
+_IMAGES, _TEXTS = 4096, 2048  # of a block; what travels at a time is kept several times over
+
+
+def ring_sigmoid_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Return the loss of this rank's images against the texts of all ranks.
+
+    The mean of what the ranks return is ``sigmoid_loss`` of the whole batch. Each rank calls ``backward`` on its own
+    value. The gradients that arrive are those of the sum of all ranks' values: an image's from its own rank, a text's
+    from every rank. So whoever averages the parameters' gradients over the ranks, as DDP and FSDP do, has those of the
+    whole batch's loss; ``logit_scale`` and ``logit_bias``, of which each rank has a copy, are averaged like any other.
+    What comes into the backward pass has to be the same number on every rank.
+
+    A block of texts passes through all ranks, and its gradient follows one rank behind; both travel while the next
+    block is computed. No rank ever holds more than its own vectors and a few blocks, whatever the number of ranks. As
+    in ``sigmoid_loss`` the forward pass forms the gradients, so the texts go round once.
+
+    Every rank of the group has to call it. They compare their arguments before any vectors travel. This goes from CPU
+    to CPU where the group can do so, as with the backend "cpu:gloo,cuda:nccl", PyTorch's default; with "nccl" alone
+    each call waits for the GPU.
+
+    Args:
+        image: this rank's image vectors (B, D), of length 1 in SigLIP; float16, bfloat16, float32 or float64. B, D and
+            the dtype are the same on all ranks.
+        text: its text vectors (M, D) of the same dtype, M the same on all ranks; without ids M is B.
+        logit_scale: log of the temperature, shape (), one of the four dtypes, equal on all ranks.
+        logit_bias: shape (), one of the four dtypes, equal on all ranks.
+        image_ids: integers (B,). A pair belongs together where its two ids are equal, on whichever ranks the two are.
+            Without ids image i of a rank belongs to text i of the same rank alone.
+        text_ids: integers (M,).
+        chunk: images, and texts, of a block; 4096 images and 2048 texts if None.
+        group: the processes that share the batch; all if None.
+
+    Returns:
+        The loss, shape (), in float32, or float64 if the vectors are, as in ``sigmoid_loss``. With one process it is
+        ``sigmoid_loss``.
+
+    Raises:
+        TypeError: an argument is not a tensor or not of an allowed dtype, or those of ``image`` and ``text`` differ.
+        ValueError: a shape, a device or ``chunk`` is not as described, one of the ids is given without the other, or
+            the ranks differ in sizes, dtype, ids, ``chunk`` or in whether gradients are recorded. If one rank's
+            arguments are wrong, every rank raises.
+
+    Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 3.3.
+    """
+    learned = (image, text, logit_scale, logit_bias)
+    _check_all_ranks(*learned, image_ids, text_ids, chunk, group)
+    if dist.get_world_size(group) == 1:
+        return sigmoid_loss(*learned, image_ids, text_ids, chunk=chunk)
+    with torch.autocast(image.device.type, enabled=False):
+        if _recorded(learned):
+            return _RingSigmoidLoss.apply(*learned, image_ids, text_ids, chunk, group)
+        return _loss_and_gradients(*learned, image_ids, text_ids, chunk, group, False)[0]
+
+
+class _RingSigmoidLoss(SigmoidLoss):
+    """The loss, with its gradients formed in the forward pass; the backward pass is ``SigmoidLoss``'s."""
+
+    @staticmethod
+    def forward(ctx, image, text, logit_scale, logit_bias, image_ids, text_ids, chunk, group):
+        learned = (image, text, logit_scale, logit_bias)
+        loss, *gradients = _loss_and_gradients(*learned, image_ids, text_ids, chunk, group, True)
+        return SigmoidLoss.keep(ctx, learned, loss, gradients)
+
+
+def _loss_and_gradients(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    chunk: int | None,
+    group: dist.ProcessGroup | None,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss and its gradients by image, text, logit_scale and logit_bias; zeros unless wanted."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    images, texts = (chunk, chunk) if chunk else (_IMAGES, _TEXTS)
+    wide, device = wide_dtype(image), image.device
+    if not image.is_cuda:  # a CPU's matrix product has no float32 result for half precision
+        image, text = image.to(wide), text.to(wide)
+    text = text.contiguous()
+    scale, bias = logit_scale.to(wide).exp(), logit_bias.to(wide)
+    d_image = torch.zeros(image.shape if with_gradients else (), dtype=wide, device=device)
+    d_text = torch.empty(text.shape if with_gradients else (), dtype=wide, device=device)
+    if image_ids is not None:  # a few bytes a pair: every rank may have them all
+        all_ids = torch.empty(world, len(text), dtype=torch.int64, device=device)
+        dist.all_gather(list(all_ids), text_ids.to(torch.int64), group)
+        image_ids = image_ids.to(torch.int64)
+
+    parts = []
+    # the gradient found in the step before, and where it ends once it has been everywhere
+    done = home = None
+    for first in range(0, len(text), texts):
+        columns = slice(first, first + texts)
+        here = text[columns]  # (m, D)
+        for hop in range(world):
+            source = (rank - hop) % world  # whose texts these are
+            leaving, coming = [], []
+            if hop < world - 1:
+                following = torch.empty_like(here)
+                leaving, coming = [here], [following]
+            if done is not None:
+                # what the rank before found for these texts, or, as new ones begin, what all found for the last ones
+                found_before = torch.empty_like(done) if hop else home
+                leaving, coming = [*leaving, done], [*coming, found_before]
+            exchange = _pass_on(leaving, coming, group)
+            d_here = torch.zeros(here.shape, dtype=wide, device=device) if with_gradients else None
+            for i in range(0, len(image), images):
+                rows = slice(i, i + images)
+                if image_ids is None:
+                    positive = (rank * len(image) + i) - (source * len(text) + first)
+                else:
+                    positive = image_ids[rows, None] == all_ids[source, columns]
+                sums = (d_image[rows], d_here) if with_gradients else None
+                part = sigmoid_loss_block(image[rows], here, scale, bias, positive, sums)
+                parts.append(part)
+            for work in exchange:
+                work.wait()
+            if hop and with_gradients:
+                d_here += found_before
+            done = d_here
+            if hop < world - 1:
+                here = following
+        home = d_text[columns] if with_gradients else None
+    if with_gradients:
+        for work in _pass_on([done], [home], group):
+            work.wait()
+    return finished(parts, image, d_image, d_text, scale, with_gradients)
+
+
+def _pass_on(
+    leaving: list[Tensor], coming: list[Tensor], group: dist.ProcessGroup | None
+) -> list[dist.Work]:
+    """Begin to send tensors to the next rank, and to fill others from the one before; both stay until waited for."""
+    if not leaving:
+        return []
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    everyone = group or dist.group.WORLD
+    after = dist.get_global_rank(everyone, (rank + 1) % world)
+    before = dist.get_global_rank(everyone, (rank - 1) % world)
+    sends = [dist.P2POp(dist.isend, x, after, group, tag) for tag, x in enumerate(leaving)]
+    receives = [dist.P2POp(dist.irecv, x, before, group, tag) for tag, x in enumerate(coming)]
+    return dist.batch_isend_irecv(sends + receives)
+
+
+def _recorded(learned: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in learned)
+
+
+def _check_all_ranks(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    chunk: int | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Raise on every rank if one has wrong arguments, or others than the rest: else some would wait for ever."""
+    world = dist.get_world_size(group)
+    names = ("refused", "images", "texts", "channels", "bits", "ids", "chunk", "gradients")
+    refused, mine = None, [1] + [0] * (len(names) - 1)
+    try:
+        check_arguments(image, text, logit_scale, logit_bias, image_ids, text_ids)
+        block = 0 if chunk is None else positive_int("chunk", chunk)
+        # bfloat16 and float16 both have 16
+        kind = torch.finfo(image.dtype).bits + (image.dtype == torch.float16)
+        recorded = _recorded((image, text, logit_scale, logit_bias))
+        mine = [0, *image.shape[:1], *text.shape, kind, image_ids is not None, block, recorded]
+    except (TypeError, ValueError) as error:
+        refused = error
+    where = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
+    table = torch.empty(world, len(names), dtype=torch.int64, device=where)
+    dist.all_gather(list(table), torch.tensor(mine, dtype=torch.int64, device=where), group)
+    if refused:
+        raise refused
+    columns = dict(zip(names, table.T.tolist(), strict=True))
+    if 1 in columns["refused"]:
+        raise ValueError(f"the arguments of rank {columns['refused'].index(1)} were refused there")
+    if differ := {name: found for name, found in columns.items() if len(set(found)) > 1}:
+        raise ValueError(
+            f"the ranks' arguments differ, rank by rank: {differ}; they must not, so leave out an uneven last batch"
+        )

@@ -1,0 +1,38 @@
+"""Several processes on one machine, as a group: started once, given one function, and gone within a time limit."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_group(function: Callable, world: int, folder: Path, *args: object, limit: float) -> list:
+    """Call ``function(folder, *args)`` in ``world`` processes of one gloo group; return each one's result, by rank.
+
+    The function is importable, its results are what ``torch.save`` takes. An exception of one process is raised here.
+    """
+    context = mp.spawn(_process, (function, world, folder, args), nprocs=world, join=False)
+    end = time.monotonic() + limit
+    try:
+        while not context.join(timeout=1, grace_period=5):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{function.__name__} took more than {limit} s")
+    finally:
+        for process in context.processes:
+            process.kill()
+            process.join()
+    return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def _process(rank: int, function: Callable, world: int, folder: Path, args: tuple) -> None:
+    torch.set_num_threads(1)
+    meeting = (folder / "meeting").as_uri()
+    dist.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=30)
+    )
+    torch.save(function(folder, *args), folder / f"result{rank}.pt")
+    dist.destroy_process_group()
