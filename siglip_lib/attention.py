@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from siglip_lib.backends import attend, check_backend_name
+from siglip_lib.backends import attend, attend_packed, check_backend_name
 from siglip_lib.checks import positive_int, probability
 
 
@@ -23,7 +23,8 @@ class Attention(nn.Module):
         norm_layer: class of ``q_norm`` and ``k_norm``.
         deterministic: the same bits on every run, backward pass included.
         backend: ``auto`` for the first that can run on the input, in the order that notebook 04 measured, or
-            ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``, ``eager``; ``attention_backends`` tells which can.
+            ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``, ``eager``; ``attention_backends`` tells which
+            can.
 
     Shapes: x (B, N, D) to (B, N, D).
 
@@ -62,16 +63,16 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(probability("proj_drop", proj_drop))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._heads(x)  # each (B, N, heads, head_dim)
-        out = attend(
-            q,
-            k,
-            v,
-            backend=self.backend,
-            dropout=self.attn_drop.p if self.training else 0.0,
-            deterministic=self.deterministic,
-            scale=self.scale,
-        )
+        options = {
+            "backend": self.backend,
+            "dropout": self.attn_drop.p if self.training else 0.0,
+            "deterministic": self.deterministic,
+            "scale": self.scale,
+        }
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            out = attend_packed(self._packed(x), **options)  # (B, N, heads, head_dim)
+        else:
+            out = attend(*self._heads(x), **options)
         return self.proj_drop(self.proj(out.flatten(2)))  # (B, N, D)
 
     def attention_map(self, x: Tensor) -> Tensor:
@@ -79,15 +80,16 @@ class Attention(nn.Module):
         q, k, _ = self._heads(x)
         return attention_weights(q, k, self.scale)
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project and split: x (B, N, D) to q, k, v, each (B, N, heads, head_dim), views of one tensor."""
+    def _packed(self, x: Tensor) -> Tensor:
+        """Project: x (B, N, D) to q, k and v in one tensor (B, N, 3, heads, head_dim)."""
         dim = self.num_heads * self.head_dim
         if x.ndim != 3 or x.shape[-1] != dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, {dim})")
-        qkv = self.qkv(x).unflatten(
-            -1, (3, self.num_heads, self.head_dim)
-        )  # (B, N, 3, heads, head_dim)
-        q, k, v = qkv.unbind(2)
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project and split: x (B, N, D) to q, k, v, each (B, N, heads, head_dim), views of one tensor."""
+        q, k, v = self._packed(x).unbind(2)
         # autocast runs a LayerNorm in float32; the product with v needs one dtype
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
 

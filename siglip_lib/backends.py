@@ -40,6 +40,8 @@ class _Case:
     dropout: float
     deterministic: bool
     tokens: int
+    packed: bool
+    large: bool
 
 
 def attention_backends(
@@ -50,6 +52,8 @@ def attention_backends(
     deterministic: bool = False,
     *,
     tokens: int = 16,
+    packed: bool = True,
+    large: bool = True,
 ) -> dict[str, BackendStatus]:
     """Tell which attention backends can run, in the order in which ``backend="auto"`` prefers them.
 
@@ -62,12 +66,15 @@ def attention_backends(
         dropout: dropout of attention weights, in [0, 1).
         deterministic: whether every run must give the same bits, backward pass included.
         tokens: number of keys; cuDNN refuses a single one, more make no difference.
+        packed: whether q, k and v lie in one tensor, as a qkv layer gives them; ``triton`` needs that.
+        large: whether the work is at least ``LARGE`` FLOP, so that the GPU and not Python's launches set the pace, in
+            fewer than ``LONG`` tokens.
 
     Returns:
-        A status for each of ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers`` and ``eager``.
+        A status for each of ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers`` and ``eager``.
     """
-    case = _case(device, dtype, head_dim, dropout, deterministic, tokens)
-    return {name: _status(name, case) for name in _BACKENDS}
+    case = _case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large)
+    return {name: _status(name, case) for name in _order(case)}
 
 
 def _case(
@@ -77,6 +84,8 @@ def _case(
     dropout: float,
     deterministic: bool,
     tokens: int,
+    packed: bool,
+    large: bool,
 ) -> _Case:
     positive_int("head_dim", head_dim)
     probability("dropout", dropout)
@@ -87,7 +96,13 @@ def _case(
         device = torch.device("cuda", torch.cuda.current_device())
     positive_int("tokens", tokens)
     dropout, tokens = 0.1 if dropout else 0.0, 1 if tokens == 1 else 16
-    return _Case(device, dtype, head_dim, dropout, deterministic, tokens)
+    return _Case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large)
+
+
+def _order(case: _Case) -> list[str]:
+    """The names as ``auto`` prefers them. See ``_BACKENDS`` for the figures."""
+    first = "triton" if case.large and case.head_dim in _TRITON_FIRST else "cudnn"
+    return sorted(_BACKENDS, key=lambda name: name != first)
 
 
 def attend(
@@ -104,11 +119,11 @@ def attend(
 
     Args:
         q: queries (B, N, heads, head_dim); any strides with contiguous channels, such as views of a packed
-            (B, N, 3, heads, head_dim) tensor, which all but ``eager`` read where they are.
+            (B, N, 3, heads, head_dim) tensor, which all but ``eager`` read where they are, and which ``triton`` needs.
         k: keys, as q.
         v: values, as q.
-        backend: ``auto`` for the first that can run, or one of ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``,
-            ``eager``.
+        backend: ``auto`` for the first that can run, or one of ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``,
+            ``xformers``, ``eager``.
         dropout: probability in [0, 1) of dropping an attention weight; applied whenever it is not zero.
         deterministic: the same bits on every run, backward pass included; backends that can't promise it are out.
         scale: factor of the scores; ``head_dim ** -0.5`` if None.
@@ -145,9 +160,79 @@ def attend(
         probability("dropout", dropout),
         deterministic,
         tokens=1 if k.shape[1] == 1 else 16,
+        packed=_lie_packed(q, k, v),
+        large=_is_large(q),
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
+
+
+def attend_packed(
+    qkv: Tensor,
+    *,
+    backend: str = "auto",
+    dropout: float = 0.0,
+    deterministic: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of q, k and v in one tensor, as ``attend`` of its three parts.
+
+    Where ``triton`` runs, the gradient comes packed as well. The other backends give three, which are copied together.
+
+    Args:
+        qkv: (B, N, 3, heads, head_dim), contiguous channels.
+        backend: see ``attend``.
+        dropout: see ``attend``.
+        deterministic: see ``attend``.
+        scale: see ``attend``.
+
+    Returns:
+        (B, N, heads, head_dim), dtype of qkv.
+
+    Raises:
+        ValueError: a shape is wrong, or the backend asked for cannot run; the message says why.
+    """
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (B, N, 3, heads, head_dim)")
+    q, k, v = qkv.unbind(2)
+    name = choose_backend(
+        backend,
+        qkv.device,
+        qkv.dtype,
+        qkv.shape[-1],
+        probability("dropout", dropout),
+        deterministic,
+        tokens=1 if qkv.shape[1] == 1 else 16,
+        packed=qkv.is_contiguous(),
+        large=_is_large(q),
+    )
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if name == "triton":
+        return _imported["siglip_lib.kernels.flash_attention"].flash_attention(qkv, scale)
+    return _BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
+
+
+def _lie_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v are the three parts of one contiguous (B, N, 3, heads, head_dim)."""
+    if not q.is_cuda or torch.compiler.is_compiling() or not q.shape == k.shape == v.shape:
+        return False
+    _, tokens, heads, dim = q.shape
+    strides = (tokens * 3 * heads * dim, 3 * heads * dim, dim, 1)
+    step = heads * dim * q.element_size()
+    start = q.data_ptr()
+    return (
+        q.stride() == k.stride() == v.stride() == strides
+        and k.data_ptr() == start + step
+        and v.data_ptr() == start + 2 * step
+    )
+
+
+def _is_large(q: Tensor) -> bool:
+    batch, tokens, heads, dim = q.shape
+    # an if makes a constant of it where compiled code knows a size by its symbol alone
+    if 4 * batch * heads * tokens * tokens * dim >= LARGE and tokens < LONG:
+        return q.is_cuda
+    return False
 
 
 def choose_backend(
@@ -159,18 +244,22 @@ def choose_backend(
     deterministic: bool = False,
     *,
     tokens: int = 16,
+    packed: bool = True,
+    large: bool = True,
 ) -> str:
     """Return the name of the backend that will run; a forced one that cannot is a ValueError that says why."""
     check_backend_name(backend)
-    case = _case(device, dtype, head_dim, dropout, deterministic, tokens)
+    case = _case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large)
     if backend == "auto":
-        for name in _BACKENDS:  # none after the first usable one is tried, or its package imported
+        for name in _order(
+            case
+        ):  # none after the first usable one is tried, or its package imported
             if _status(name, case).usable:
                 return name
         reason = _status("eager", case).reason
         raise ValueError(f"no backend can run on {device} in {dtype}: eager says {reason}")
     if not _status(backend, case).usable:
-        found = attention_backends(device, dtype, head_dim, dropout, deterministic, tokens=tokens)
+        found = {name: _status(name, case) for name in _order(case)}
         usable = ", ".join(status.name for status in found.values() if status.usable)
         raise ValueError(
             f"backend={backend!r} cannot run here: {found[backend].reason}. Usable: auto, {usable}"
@@ -215,6 +304,13 @@ def _cudnn(
 ) -> Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return _sdpa(q, k, v, dropout, scale, deterministic)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float, deterministic: bool
+) -> Tensor:
+    module = _imported["siglip_lib.kernels.flash_attention"]
+    return module.flash_attention_of_parts(q, k, v, scale)
 
 
 def _flash_attn(
@@ -268,6 +364,23 @@ def _why_not_cudnn(case: _Case) -> str | None:
     return None
 
 
+def _why_not_triton(case: _Case) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if reason := _needs_cuda(case) or _needs_half(case):
+        return reason
+    if torch.cuda.get_device_capability(case.device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 (Ampere) or newer"
+    if case.head_dim not in TRITON_HEAD_DIMS:
+        allowed = ", ".join(map(str, TRITON_HEAD_DIMS))
+        return f"needs a head_dim of {allowed}, not {case.head_dim}"
+    if case.dropout:
+        return "has no dropout"
+    if not case.packed:
+        return "needs q, k and v in one tensor, as a qkv layer gives them"
+    return None
+
+
 def _why_not_flash_attn(case: _Case) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed"
@@ -311,10 +424,24 @@ class _Backend:
     package: str = ""  # what to import before the first run
 
 
-# The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, the
-# geometric mean of 17 cases, forward and with backward. cuDNN 5.3; flash-attn 3.5; sdpa 3.4, as it
-# chooses where cuDNN can't run; xformers 1.8 with the kernel that it has left without flash-attn.
+TRITON_HEAD_DIMS = (64, 72, 80, 96, 128)
+# On an H200 triton is ahead of cuDNN at 64 times 729 tokens and these head_dims, by 1 to 7 % forward and 10 to 13 %
+# with backward; from 1024 tokens on it is 0 to 6 % behind, and small work waits for Python to launch it.
+LARGE = 40e9  # FLOP forward, a quarter of what one layer of SO400M takes for 64 pictures
+LONG = 1024  # tokens
+_TRITON_FIRST = (64, 72, 80)
+
+# The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, geometric means of the
+# large cases and of the 14 others, forward and with backward. triton 7.4 and 4.9; cuDNN 6.8 and 5.0; flash-attn 4.8 and
+# 3.3; sdpa 4.6 and 3.2, as it chooses where cuDNN can't run; xformers 2.1 and 1.7 with the kernel that it has left
+# without flash-attn.
 _BACKENDS = {
+    "triton": _Backend(
+        _triton,
+        _why_not_triton,
+        lambda *_: f"this library's kernel, triton {importlib.metadata.version('triton')}",
+        package="siglip_lib.kernels.flash_attention",
+    ),
     "cudnn": _Backend(_cudnn, _why_not_cudnn, lambda *_: f"cuDNN {torch.backends.cudnn.version()}"),
     "flash_attn": _Backend(
         _flash_attn,

@@ -1,10 +1,14 @@
 """The transformer block: attention and MLP, each on a residual branch."""
 
+import torch
 from torch import Tensor, nn
 
 from siglip_lib.attention import Attention
 from siglip_lib.checks import finite
 from siglip_lib.layers import DropPath, LayerScale, Mlp
+from siglip_lib.measure import has_triton
+
+_LARGE = 2**22  # numbers: below, Python takes longer to launch a kernel than the GPU to run it
 
 
 class Block(nn.Module):
@@ -75,5 +79,36 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))  # (B, N, D)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # (B, N, D)
+        x = _add(x, self.attn(self.norm1(x)), self.ls1, self.drop_path1)  # (B, N, D)
+        return _add(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)  # (B, N, D)
+
+
+def _add(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
+    """Return ``x + drop_path(scale(branch))``, on a GPU in one pass over memory."""
+    if not _can_fuse(x, branch, scale, drop_path):
+        return x + drop_path(scale(branch))
+    from siglip_lib.kernels.residual import fused_residual
+
+    gamma = scale.gamma if isinstance(scale, LayerScale) else None
+    keep = drop_path.draw(branch)
+    divisor = drop_path.keep_prob if keep is not None and drop_path.scale_by_keep else 1.0
+    return fused_residual(x, branch, gamma, keep, divisor)
+
+
+def _can_fuse(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> bool:
+    """Whether the kernel does the same, and has something to do: a plain addition is one pass already."""
+    if not x.is_cuda or torch.compiler.is_compiling():  # compiled code fuses by itself
+        return False
+    if type(scale) not in (LayerScale, nn.Identity) or type(drop_path) is not DropPath:
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (scale, drop_path)):
+        return False  # somebody looks at what goes in or comes out
+    factors = [scale.gamma] if isinstance(scale, LayerScale) else []
+    drops = drop_path.training and drop_path.drop_prob > 0
+    return (
+        bool(factors or drops)
+        and x.numel() >= _LARGE
+        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and all(torch.result_type(x, other) == x.dtype for other in (branch, *factors))
+        and has_triton()
+    )

@@ -63,12 +63,23 @@ class DropPath(nn.Module):
         self.scale_by_keep = scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0.0:
+        keep = self.draw(x)
+        if keep is None:
             return x
-        keep_prob = 1 - self.drop_prob
-        keep = torch.rand(x.shape[:1] + (1,) * (x.ndim - 1), device=x.device) < keep_prob
+        keep = keep.view(-1, *(1,) * (x.ndim - 1))  # (B, 1, ...)
         # the division is done on x: 1 / keep_prob rounded to bf16 would be off by up to .2 %
-        return torch.where(keep, x / keep_prob if self.scale_by_keep else x, 0.0)
+        return torch.where(keep, x / self.keep_prob if self.scale_by_keep else x, 0.0)
+
+    @property
+    def keep_prob(self) -> float:
+        """Probability that a sample's branch is kept."""
+        return 1 - self.drop_prob
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Draw which of the samples of x (B, ...) keep their branch: (B,) bool; None if all do."""
+        if not self.training or self.drop_prob == 0.0:
+            return None
+        return torch.rand(x.shape[0], device=x.device) < self.keep_prob
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}, scale_by_keep={self.scale_by_keep}"

@@ -1,6 +1,8 @@
 """What the notebooks need to know of the machine: a device, a report, time and memory of a call."""
 
+import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import statistics
@@ -46,6 +48,12 @@ def package_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton, which the kernels are written in, is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)

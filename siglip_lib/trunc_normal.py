@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from siglip_lib.checks import finite, number
+from siglip_lib.measure import has_triton
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SQRT2 = math.sqrt(2.0)
@@ -45,7 +46,9 @@ def trunc_normal_(
         TypeError: the tensor is not of one of the four dtypes, or an argument is not a number.
         ValueError: ``std``, ``a`` or ``b`` is out of range, or no number of the tensor's dtype lies in [a, b].
 
-    On a GPU the first draw from a tail compiles a kernel, which takes seconds, once on a machine.
+    On a GPU with Triton a kernel of ``siglip_lib.kernels.sampler`` does it in one pass, unless the tensor is float64 or
+    the interval lies a standard deviation or more to one side. The first draw, and the first from a tail, compiles a
+    kernel there, which takes seconds, once on a machine.
 
     Source: inverse transform sampling (Devroye, Non-Uniform Random Variate Generation, 1986, section II.2); the tail
     through the scaled complementary error function.
@@ -63,6 +66,10 @@ def trunc_normal_(
         )
     low, high = inner_bounds(a, b, tensor.dtype)
     if tensor.is_meta or tensor.numel() == 0:
+        return tensor
+
+    if alpha < 1 and beta > -1 and _has_kernel(tensor):
+        _draw_by_kernel_(tensor, mean, std, low, high, (alpha, beta), generator)
         return tensor
 
     # Drawn in half precision, u would be too coarse for the tails: compute in float32, then cast,
@@ -83,6 +90,35 @@ def trunc_normal_(
     # origin + factor * work and the cast, in one pass
     torch.add(_on_cpu(origin, work.dtype), work, alpha=std * sigmas, out=tensor)
     return tensor.clamp_(low, high)
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    """Whether the Triton kernel takes the tensor: it does in one pass what the steps below do in four."""
+    return (
+        tensor.is_cuda
+        and tensor.dtype != torch.float64
+        and has_triton()
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()  # a graph would repeat one seed's draws
+    )
+
+
+def _draw_by_kernel_(
+    tensor: Tensor,
+    mean: float,
+    std: float,
+    low: float,
+    high: float,
+    reach: tuple[float, float],
+    generator: torch.Generator | None,
+) -> None:
+    """Fill from where the generator stands, and move it on. Its state is known without waiting for the GPU."""
+    from siglip_lib.kernels.sampler import fill_, shares
+
+    generator = generator or torch.cuda.default_generators[tensor.device.index]
+    start, seed = generator.get_offset(), generator.initial_seed() % 2**63
+    fill_(tensor, mean, std, low, high, shares(*reach), seed, start)
+    generator.set_offset(start + 4 * -(-tensor.numel() // 16))  # offsets are multiples of 4
 
 
 def check_interval(

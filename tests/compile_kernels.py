@@ -7,10 +7,13 @@ the matrix unit's instructions (wgmma) had to be run one by one. That is what co
 """
 
 import argparse
+import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # an interpreted kernel can't be compiled
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -26,7 +29,7 @@ KERNELS = {
 }
 FLOAT32_POINTERS, NUMBERS = (
     ("lse", "delta"),
-    {"scale": "fp32", "plain_scale": "fp32", "tokens": "i32"},
+    {"scale": "fp32", "plain_scale": "fp32", "tokens": "i32", "padded": "i32"},
 )
 
 
@@ -43,17 +46,21 @@ def main() -> None:
 def report(name: str, dim: int, tokens: int) -> str:
     kernel, blocks, (main, rest) = KERNELS[name], BLOCKS[name][dim], module._cut(dim)
     constants = dict(HEADS=16, DIM=dim, MAIN=main, REST=rest, OWN=blocks.own, READ=blocks.read)
-    constants["TAIL"] = module._tail(tokens, blocks.read)
+    constants["MASKED"] = tokens % blocks.read != 0
     signature = {argument: _type(argument) for argument in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(signature.values())
-        if kind.startswith("*")
+        for i, (argument, kind) in enumerate(signature.items())
+        if kind.startswith("*") or argument == "padded"
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": blocks.warps, "num_stages": blocks.stages},
+        options={
+            "num_warps": blocks.warps,
+            "num_stages": blocks.stages,
+            "maxnreg": blocks.registers,
+        },
     )
     said = _assemble(compiled.asm["ptx"])
     registers, spilled = (

@@ -1,17 +1,14 @@
 """Shared by the tests: importable oracles, quick and repeatable hypothesis, a device."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import settings
 
+import siglip_lib.kernels  # noqa: F401  before anything imports Triton: the interpreter
 from siglip_lib.oracles import declare_torchvision_operators
 
 declare_torchvision_operators()  # else timm and transformers fail to import beside a CPU-only torch
 torch.backends.cudnn.allow_tf32 = False  # else a GPU's convolutions keep 10 bits in float32
-if not torch.cuda.is_available():  # Triton reads it at the first kernel's definition
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("quick")
 

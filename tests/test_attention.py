@@ -173,7 +173,11 @@ def test_wrong_shapes(shape):
         ({"attn_drop": 1.0}, ValueError, "attn_drop=1.0 must lie in [0, 1)"),
         ({"proj_drop": -0.1}, ValueError, "proj_drop=-0.1 must lie in [0, 1)"),
         ({"attn_drop": None}, TypeError, "attn_drop=None must be a number, not NoneType"),
-        ({"backend": "fast"}, ValueError, "backend='fast' is unknown; allowed are auto, cudnn"),
+        (
+            {"backend": "fast"},
+            ValueError,
+            "backend='fast' is unknown; allowed are auto, triton, cudnn",
+        ),
     ],
 )
 def test_wrong_arguments(options, error, message):

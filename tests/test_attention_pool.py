@@ -154,7 +154,11 @@ WRONG = [
     ({"drop": 1.0}, ValueError, "drop=1.0 must lie in [0, 1)"),
     ({"mlp_ratio": math.inf}, ValueError, "mlp_ratio=inf must be finite"),
     ({"mlp_ratio": 0.01}, ValueError, "hidden_features=0 must be at least 1"),
-    ({"backend": "flash"}, ValueError, "backend='flash' is unknown; allowed are auto, cudnn"),
+    (
+        {"backend": "flash"},
+        ValueError,
+        "backend='flash' is unknown; allowed are auto, triton, cudnn",
+    ),
 ]
 
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siglip_lib import BackendStatus, attend, attention_backends, backends, choose_backend
+from siglip_lib.backends import attend_packed
 
-NAMES = ("cudnn", "flash_attn", "sdpa", "xformers", "eager")
+NAMES = ("triton", "cudnn", "flash_attn", "sdpa", "xformers", "eager")
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 
@@ -92,7 +93,7 @@ def test_gpu_backends_agree_with_float64(dtype, head_dim, layout, gpu):
     expected = [x.double().detach().requires_grad_() for x in inputs]
     out = reference(*expected, head_dim**-0.5)
     out.square().sum().backward()
-    for name in usable(gpu, dtype, head_dim):
+    for name in usable(gpu, dtype, head_dim, packed=layout == "packed"):
         found = [x.detach().requires_grad_() for x in inputs]
         attended = attend(*found, backend=name)
         attended.square().sum().backward()
@@ -166,7 +167,7 @@ def test_deterministic_backends_repeat_every_bit(dropout, device):
 
 def test_statuses_on_a_cpu():
     found = attention_backends("cpu", torch.float32, 64)
-    assert tuple(found) == NAMES
+    assert set(found) == set(NAMES)
     assert found["cudnn"] == BackendStatus("cudnn", False, "", "needs a CUDA device, not cpu")
     assert found["eager"] == BackendStatus("eager", True, "matmul, softmax, matmul", "")
     assert found["sdpa"].usable
@@ -207,6 +208,8 @@ def pretended_gpu(monkeypatch):
     [
         ("cudnn", torch.float32, 64, False, "needs float16 or bfloat16, not float32"),
         ("cudnn", torch.float16, 64, True, "torch gives no way to ask cuDNN for a deterministic"),
+        ("triton", torch.float32, 64, False, "needs float16 or bfloat16, not float32"),
+        ("triton", torch.float16, 48, False, "needs a head_dim of 64, 72, 80, 96, 128, not 48"),
         ("flash_attn", torch.float32, 64, False, "needs float16 or bfloat16, not float32"),
         ("flash_attn", torch.float16, 36, False, "a multiple of 8 up to 256, not 36"),
         ("flash_attn", torch.float16, 264, False, "a multiple of 8 up to 256, not 264"),
@@ -225,6 +228,68 @@ def test_reasons_on_a_gpu(name, dtype, head_dim, deterministic, reason, pretende
 def test_flash_attn_takes_every_multiple_of_8(head_dim, pretended_gpu):
     found = attention_backends(pretended_gpu, torch.float16, head_dim)
     assert "head_dim" not in found["flash_attn"].reason  # without a real GPU its trial says another
+
+
+def test_triton_takes_no_dropout_and_no_parts_from_here_and_there(pretended_gpu):
+    for options, reason in (
+        ({"dropout": 0.1}, "has no dropout"),
+        ({"packed": False}, "needs q, k and v in one tensor"),
+    ):
+        found = attention_backends(pretended_gpu, torch.float16, 64, **options)
+        assert reason in found["triton"].reason
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "large", "first"),
+    [(64, True, "triton"), (72, True, "triton"), (72, False, "cudnn"), (128, True, "cudnn")],
+)
+def test_which_auto_prefers(head_dim, large, first):
+    found = list(attention_backends("cpu", torch.float32, head_dim, large=large))
+    assert found[0] == first
+    assert found[1:] == [name for name in NAMES if name != first]
+
+
+def test_packed_is_the_same_as_its_parts(device):
+    packed = torch.randn(2, 33, 3, 2, 72, device=device, dtype=torch.float16)
+    for name in usable(device, torch.float16, 72):
+        together, apart = (packed.clone().requires_grad_() for _ in range(2))
+        out = attend_packed(together, backend=name)
+        expected = attend(*apart.unbind(2), backend=name)
+        assert torch.equal(out, expected), name
+        (out * packed[:, :, 0]).sum().backward()
+        (expected * packed[:, :, 0]).sum().backward()
+        torch.testing.assert_close(together.grad, apart.grad, msg=name)
+
+
+def test_packed_needs_its_shape():
+    with pytest.raises(ValueError, match=r"qkv has shape \(2, 5, 8\); it must be"):
+        attend_packed(torch.zeros(2, 5, 8))
+
+
+def test_what_lies_packed(gpu):
+    packed = torch.zeros(2, 5, 3, 2, 64, device=gpu)
+    q, k, v = packed.unbind(2)
+    assert backends._lie_packed(q, k, v)
+    assert backends._lie_packed(*(x.detach() for x in (q, k, v)))
+    assert not backends._lie_packed(q, v, k)
+    assert not backends._lie_packed(q, k, k)
+    assert not backends._lie_packed(q[:, :3], k[:, :3], v[:, :3])
+    assert not backends._lie_packed(q.clone(), k.clone(), v.clone())
+
+
+def test_what_is_large(gpu):
+    q = torch.empty(1, 1, 1, 1, device=gpu)
+    assert backends._is_large(q.expand(64, 729, 16, 72))
+    assert not backends._is_large(q.expand(8, 729, 16, 72))
+    assert not backends._is_large(q.expand(64, 1024, 16, 72))
+    assert not backends._is_large(torch.empty(64, 729, 16, 72, device="meta"))
+
+
+def test_auto_takes_triton_where_it_was_fastest(gpu):
+    options = {"packed": True, "large": True}
+    assert choose_backend("auto", gpu, torch.bfloat16, 72, **options) == "triton"
+    assert choose_backend("auto", gpu, torch.bfloat16, 128, **options) == "cudnn"
+    assert choose_backend("auto", gpu, torch.bfloat16, 128, 0.0, True, **options) == "triton"
 
 
 def test_flash_attn_needs_ampere(pretended_gpu, monkeypatch):
@@ -349,7 +414,7 @@ X = torch.zeros(2, 5, 3, 8)
         (
             lambda: attend(X, X, X, backend="flash"),
             ValueError,
-            "backend='flash' is unknown; allowed are auto, cudnn, flash_attn, sdpa, xformers, eager",
+            "backend='flash' is unknown; allowed are auto, triton, cudnn, flash_attn, sdpa, xformers, eager",
         ),
         (
             lambda: attention_backends("cpu", "float32", 8),

@@ -1,5 +1,6 @@
 """Block: timm's is the oracle."""
 
+import importlib
 import math
 import shutil
 from functools import partial
@@ -10,7 +11,7 @@ from comparing import assert_same
 from timm.models import vision_transformer
 from torch import nn
 
-from siglip_lib import Block, LayerScale
+from siglip_lib import Block, DropPath, LayerScale
 
 BLOCKS = [
     {},
@@ -109,7 +110,11 @@ def test_so400m_on_the_meta_device():
         ({"drop_path": 1.0}, ValueError, "drop_prob=1.0 must lie in [0, 1)"),
         ({"proj_drop": -1.0}, ValueError, "proj_drop=-1.0 must lie in [0, 1)"),
         ({"attn_drop": 2}, ValueError, "attn_drop=2 must lie in [0, 1)"),
-        ({"backend": "flash"}, ValueError, "backend='flash' is unknown; allowed are auto, cudnn"),
+        (
+            {"backend": "flash"},
+            ValueError,
+            "backend='flash' is unknown; allowed are auto, triton, cudnn",
+        ),
     ],
 )
 def test_wrong_arguments(options, error, message):
@@ -138,3 +143,40 @@ def test_compiled_code_gives_the_same(device):
         # scalar code, as the compilation of vector code takes twice as long
         compiled = torch.compile(block, fullgraph=True, options={"cpp.simdlen": 1})(x)
         torch.testing.assert_close(compiled, block(x))
+
+
+@pytest.mark.parametrize("init_values", [None, 0.3])
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+def test_the_kernel_gives_what_the_steps_give(init_values, drop_path, gpu, monkeypatch):
+    block = Block(128, 2, init_values=init_values, drop_path=drop_path).to(gpu, torch.bfloat16)
+    x = torch.randn(300, 120, 128, device=gpu, dtype=torch.bfloat16)
+    pull = torch.randn_like(x)
+
+    def results():
+        torch.manual_seed(3)
+        inputs = x.clone().requires_grad_()
+        out = block(inputs)
+        gradients = torch.autograd.grad((out * pull).sum(), [inputs, *block.parameters()])
+        return [out, *gradients]
+
+    module = importlib.import_module("siglip_lib.block")
+    assert module._can_fuse(x, x, block.ls1, block.drop_path1) == bool(init_values or drop_path)
+    fused = results()
+    monkeypatch.setattr(module, "_can_fuse", lambda *_: False)
+    for ours, theirs in zip(fused, results(), strict=True):
+        assert ours.dtype == theirs.dtype
+        limit = 0.02 * theirs.double().abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=limit)
+
+
+def test_when_the_kernel_is_not_taken(gpu):
+    module = importlib.import_module("siglip_lib.block")
+    x = torch.zeros(64, 729, 128, device=gpu, dtype=torch.bfloat16)
+    scale, drop = LayerScale(128).to(gpu, torch.bfloat16), DropPath(0.1)
+    assert module._can_fuse(x, x, scale, drop)
+    assert not module._can_fuse(x, x, nn.Identity(), DropPath(0.0))  # nothing to do
+    assert not module._can_fuse(x[:1], x[:1], scale, drop)
+    assert not module._can_fuse(x, x, LayerScale(128).to(gpu), drop)  # float32: so would the sum be
+    assert not module._can_fuse(x, x, nn.Linear(128, 128), drop)
+    drop.register_forward_hook(lambda *_: None)
+    assert not module._can_fuse(x, x, scale, drop)

@@ -102,6 +102,9 @@ def kept_weights(monkeypatch) -> list[Tensor]:
         kept.append(weights)
         return (weights @ v).transpose(1, 2)
 
+    monkeypatch.setattr(
+        attention, "attend_packed", lambda qkv, **rest: attend(*qkv.unbind(2), **rest)
+    )
     monkeypatch.setattr(attention, "attend", attend)
     monkeypatch.setattr(attention_pool, "attend", attend)
     return kept

@@ -1,7 +1,6 @@
 """The Triton attention against float64: on a GPU as it is, on a CPU small, in Triton's interpreter."""
 
 import math
-import os
 import re
 import subprocess
 import sys
@@ -38,6 +37,9 @@ def results(attention, qkv, pull, **options):
 
 def assert_good(qkv, **options):
     """flash-attn's criterion: at most twice the error of the plain form in the same dtype, and of a rounding."""
+    scale = options.get("scale", qkv.shape[-1] ** -0.5)
+    q, k, _ = qkv.detach().double().unbind(2)
+    highest = torch.einsum("bnhd,bmhd->bhnm", q, k).abs().max() * scale
     pull = torch.randn(*qkv.shape[:2], *qkv.shape[3:], device=qkv.device)
     exact = results(eager, qkv.detach().double().requires_grad_(), pull, **options)
     plain = results(eager, qkv, pull, **options)
@@ -45,13 +47,11 @@ def assert_good(qkv, **options):
     for name, wanted in exact.items():
         rounding = (wanted + 0.3 - 0.3 - wanted).abs().max()
         rounding += torch.finfo(qkv.dtype).eps * wanted.abs().max()
-        if name in (
-            "dq",
-            "dk",
-        ):  # the scores' gradient is a difference, of which one side is made of the rounded o
-            side = (exact["o"] * pull).abs().sum(-1).max() * options.get(
-                "scale", qkv.shape[-1] ** -0.5
-            )
+        # weights are made from float32 scores: of large ones the last bit counts
+        rounding += torch.finfo(torch.float32).eps * highest * wanted.abs().max()
+        if name in ("dq", "dk"):
+            # the scores' gradient is a difference, of which one side is made of the rounded o
+            side = (exact["o"] * pull).abs().sum(-1).max() * scale
             rounding += torch.finfo(qkv.dtype).eps * side * qkv.detach().abs().max()
         allowed = 2 * (plain[name] - wanted).abs().max() + 2 * rounding
         error = (found[name] - wanted).abs().max()
@@ -185,6 +185,7 @@ def test_strides_dtypes_devices_and_scales_that_are_not_offered(device, monkeypa
         flash_attention(qkv.cpu())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU has no interpreter on")
 def test_bfloat16_is_refused_where_the_interpreter_is_wrong():
     with pytest.raises(TypeError, match=r"qkv is torch\.bfloat16; on cpu"):
         flash_attention(torch.zeros(1, 4, 3, 1, 64, dtype=torch.bfloat16))
@@ -193,9 +194,8 @@ def test_bfloat16_is_refused_where_the_interpreter_is_wrong():
 def test_the_assembler_neither_spills_nor_serialises():
     """What costs most is not seen in any result: compiled for a Hopper GPU, on any machine."""
     script = Path(__file__).with_name("compile_kernels.py")
-    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, script, "72"], env=plain, capture_output=True, text=True, check=True
+        [sys.executable, script, "72"], capture_output=True, text=True, check=True
     )
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == ["forward 72", "queries 72", "keys 72"]

@@ -141,7 +141,7 @@ def test_inverse_on_given_bits(alpha, beta, device):
     )
     scale = np.abs(exact) if symmetric else np.maximum(np.abs(exact), 1)
     units = np.spacing(scale.astype(np.float32)).astype(np.float64)
-    assert (np.abs(out.cpu().numpy() - exact) / units).max() <= 7
+    assert (np.abs(out.cpu().numpy() - exact) / units).max() <= 10
     assert np.abs(exact).max() < 6.7
 
 
@@ -155,8 +155,8 @@ def test_extreme_draws(device):
 
 
 def test_philox_of_known_numbers(device):
-    # Random123's known answers (kat_vectors): philox4x32-10 of counter 0 and key 0
-    answer = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    # Random123's known answers (kat_vectors): philox4x32-7 of counter 0 and key 0
+    answer = (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
     bits = torch.tensor(
         [n - 2**32 * (n >= 2**31) for n in answer], dtype=torch.int32, device=device
     )
@@ -172,7 +172,7 @@ def test_the_draws_do_not_depend_on_how_they_are_split(dtype, device):
     for counters in (64, 1024, 2048):
         x = torch.empty_like(expected)
         low, high = sampler.inner_bounds(-2.0, 2.0, dtype)
-        sampler._fill(x, 0.0, 1.0, low, high, sampler.shares(-2, 2), 1, counters)
+        sampler.fill_(x, 0.0, 1.0, low, high, sampler.shares(-2, 2), 1, counters=counters)
         assert torch.equal(x, expected)
     # nor on the size, nor on the shape
     assert torch.equal(draw(777, dtype, device), expected[:777])
@@ -297,7 +297,7 @@ except ValueError as error:
 
 
 def test_a_cpu_without_the_interpreter():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, env=environment
     )

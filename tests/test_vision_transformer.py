@@ -761,7 +761,11 @@ def test_a_stage_is_not_divided_again():
         ({"proj_drop_rate": 2}, ValueError, "proj_drop=2 must lie in [0, 1)"),
         ({"attn_drop_rate": 1.5}, ValueError, "attn_drop=1.5 must lie in [0, 1)"),
         ({"drop_path_rate": 1.0}, ValueError, "drop_path_rate=1.0 must lie in [0, 1)"),
-        ({"backend": "flash"}, ValueError, "backend='flash' is unknown; allowed are auto, cudnn"),
+        (
+            {"backend": "flash"},
+            ValueError,
+            "backend='flash' is unknown; allowed are auto, triton, cudnn",
+        ),
         ({"pos_embed": "learn"}, TypeError, "unexpected keyword argument 'pos_embed'"),
     ],
 )

@@ -6,11 +6,14 @@ Each choice is held against float64 before it is timed, at every size: some that
 a line for each, and last what belongs into BLOCKS.
 """
 
-import itertools
+import math
+import multiprocessing
+import os
 import sys
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from siglip_lib import measure
 from siglip_lib.kernels import flash_attention as module
@@ -18,39 +21,70 @@ from siglip_lib.kernels.flash_attention import BLOCKS, HEAD_DIMS, Blocks, flash_
 
 SIZES = ((64, 729), (64, 256), (8, 729), (1, 729), (1, 256))  # batch, tokens; 16 heads
 HEADS = 16
-# the shapes that fit into the registers; what spills or makes the assembler serialise is left out
-SHAPES = (
-    (64, 32, 4),
-    (64, 64, 4),
-    (64, 64, 8),
-    (64, 128, 4),
-    (128, 32, 8),
-    (128, 64, 8),
-    (128, 128, 8),
-)
-CHOICES = [Blocks(*shape, stages) for shape, stages in itertools.product(SHAPES, (2, 3))]
+CHOICES = {
+    "forward": (
+        Blocks(64, 64, 4, 2),
+        Blocks(128, 32, 8, 3),
+        Blocks(128, 64, 4, 3),
+        Blocks(128, 64, 8, 2),
+        Blocks(128, 64, 8, 3),
+        Blocks(128, 64, 8, 3, 128),
+    ),
+    "queries": (
+        Blocks(64, 32, 4, 3),
+        Blocks(64, 64, 4, 2),
+        Blocks(128, 32, 8, 2),
+        Blocks(128, 32, 8, 3),
+        Blocks(128, 64, 8, 3),
+    ),
+    "keys": (
+        Blocks(64, 32, 4, 2),
+        Blocks(64, 32, 4, 3),
+        Blocks(64, 32, 4, 3, 168),
+        Blocks(64, 64, 4, 3),
+        Blocks(128, 32, 8, 3),
+    ),
+}
 
 
 def main() -> None:
     dims = [int(argument) for argument in sys.argv[1:]] or HEAD_DIMS
+    tasks = [
+        (kernel, dim, blocks)
+        for dim in dims
+        for kernel, choices in CHOICES.items()
+        for blocks in choices
+    ]
+    # compiling takes most of the time and no GPU: many at once, then the clock alone
+    # a process each, since a wrong address ends the GPU's work of all its process
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(14, os.cpu_count()), maxtasksperchild=1) as pool:
+        errors = list(tqdm(pool.imap(check, tasks, 1), total=len(tasks), mininterval=10))
     print(torch.cuda.get_device_name(), "times in us; batch, tokens:", *SIZES)
     best = {}
-    for dim, kernel in itertools.product(dims, BLOCKS):
-        found = {}
-        for choice in CHOICES:
-            BLOCKS[kernel][dim] = choice
-            try:
-                wrong = worst_error(dim)
-                times = [time_us(kernel, dim, *size) for size in SIZES] if wrong < 1 else []
-            except Exception as error:  # out of shared memory or registers: no choice
-                print(f"{kernel} {dim} {choice}: {type(error).__name__}", flush=True)
-                continue
-            print(f"{kernel} {dim} {choice}: error {wrong:.2f} of the allowed,", *times, flush=True)
-            if times:
-                found[choice] = times[0]
-        BLOCKS[kernel][dim] = best[kernel, dim] = min(found, key=found.get)
-    for (kernel, dim), choice in best.items():
-        print(f'"{kernel}" {dim}: {choice}')
+    for task, wrong in zip(tasks, errors, strict=True):
+        kernel, dim, blocks = task
+        times = []
+        if wrong < 1:
+            BLOCKS[kernel][dim] = blocks
+            times = [time_us(kernel, dim, *size) for size in SIZES]
+            best[kernel, dim] = min(
+                best.get((kernel, dim), (math.inf, None)), (times[0], blocks), key=lambda x: x[0]
+            )
+        print(f"{kernel} {dim} {blocks}: error {wrong:.2f} of the allowed,", *times, flush=True)
+    for (kernel, dim), (_, blocks) in best.items():
+        print(f'"{kernel}" {dim}: {blocks}')
+
+
+def check(task: tuple[str, int, Blocks]) -> float:
+    """Error of a choice, see ``worst_error``; infinite where it does not run."""
+    kernel, dim, blocks = task
+    BLOCKS[kernel][dim] = blocks
+    try:
+        return worst_error(dim)
+    except Exception as error:  # out of shared memory or registers
+        print(task, type(error).__name__, str(error)[:90])
+        return math.inf
 
 
 def worst_error(dim: int) -> float:

@@ -20,30 +20,60 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from siglip_lib.backends import TRITON_HEAD_DIMS as HEAD_DIMS
 from siglip_lib.checks import finite
 
-HEAD_DIMS = (64, 72, 80, 96, 128)
 MAX_TOKENS = 16_384
 _LOG2_E = math.log2(math.e)
+_ROWS = 128  # what lse and delta are padded to: no block is larger, so none reads past their end
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a kernel is cut: rows that a program owns, rows that it reads at a time, warps, pipeline stages."""
+    """How a kernel is cut, and what it may use.
+
+    Args:
+        own: rows that a program owns.
+        read: rows that it reads at a time.
+        warps: its warps, of 32 threads each.
+        stages: of the pipeline: how many blocks are on their way while one is computed with.
+        registers: limit for a thread, none if None. A multiprocessor has 65,536: at 168 there is room for three
+            programs of 4 warps, at 128 for two of 8.
+    """
 
     own: int
     read: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-# By kernel and head_dim. tests/tune_kernels.py times a list of them, each held against float64 first.
+# By kernel and head_dim, as tests/tune_kernels.py found them on an H200 among those that are right.
 BLOCKS = {
-    "forward": {dim: Blocks(128, 64, 8, 3) for dim in HEAD_DIMS},
-    "keys": {dim: Blocks(64, 64, 4, 2) for dim in HEAD_DIMS},
-    "queries": {dim: Blocks(64, 64, 4, 2) for dim in HEAD_DIMS},
+    "forward": {
+        64: Blocks(128, 64, 8, 3),
+        72: Blocks(128, 64, 4, 3),
+        80: Blocks(128, 64, 8, 3, 128),
+        96: Blocks(128, 64, 8, 3, 128),
+        128: Blocks(128, 32, 8, 3),
+    },
+    "queries": {
+        64: Blocks(128, 64, 8, 3),
+        72: Blocks(128, 32, 8, 3),
+        80: Blocks(128, 32, 8, 3),
+        96: Blocks(128, 32, 8, 3),
+        128: Blocks(128, 64, 8, 3),
+    },
+    "keys": {
+        64: Blocks(64, 32, 4, 3),
+        72: Blocks(64, 32, 4, 3, 168),
+        80: Blocks(64, 64, 4, 3),
+        96: Blocks(64, 64, 4, 3),
+        128: Blocks(64, 32, 4, 3),
+    },
 }
 
 
@@ -71,6 +101,35 @@ def flash_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     return torch.ops.siglip_lib.flash_attention(qkv, scale)[0]
 
 
+class _OfParts(torch.autograd.Function):
+    """The operator on the tensor that q, k and v lie in; their gradients lie in one, too."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        out, lse = torch.ops.siglip_lib.flash_attention(_whole(q), scale)
+        ctx.save_for_backward(q, k, v, out, lse)  # k and v so that a change in place is noticed
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        q, _, _, out, lse = ctx.saved_tensors
+        backward = torch.ops.siglip_lib.flash_attention_backward
+        return *backward(d_out, _whole(q), out, lse, ctx.scale).unbind(2), None
+
+
+def _whole(q: Tensor) -> Tensor:
+    """The packed tensor that begins with q."""
+    batch, tokens, heads, dim = q.shape
+    return q.as_strided((batch, tokens, 3, heads, dim), (*q.stride()[:2], heads * dim, dim, 1))
+
+
+def flash_attention_of_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """As ``flash_attention``, of the three parts (B, N, heads, head_dim) of a packed tensor; the caller has checked."""
+    return _OfParts.apply(q, k, v, scale)
+
+
 # --- forward ---
 
 
@@ -90,13 +149,14 @@ def _forward_kernel(
     lse,
     scale,  # of the scores, times log2(e)
     tokens,
+    padded,  # tokens, rounded up to whole blocks: the length of a row of lse
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     MAIN: tl.constexpr,  # the largest power of two in DIM
     REST: tl.constexpr,  # a power of two that holds what is left, or 0
     OWN: tl.constexpr,  # queries of this program
     READ: tl.constexpr,  # keys at a time
-    TAIL: tl.constexpr,  # a power of two that holds the last keys, or 0
+    MASKED: tl.constexpr,  # whether the last block of keys is not a full one
 ):
     # strides are constants: a run-time stride of 72 would cost the 16-byte loads
     row: tl.constexpr = 3 * HEADS * DIM
@@ -110,9 +170,10 @@ def _forward_kernel(
         queries, tokens - 1
     )  # rows past the end read the last one and are not stored
     main = tl.arange(0, MAIN)
-    q_main = tl.load(q_base + inside[:, None] * row + main[None, :])  # (OWN, MAIN), in registers
+    # (OWN, MAIN), into shared memory, where the matrix unit reads it in each round
+    q_main = tl.load(q_base + inside[:, None] * row + main[None, :])
     m = tl.full([OWN], float("-inf"), tl.float32)
-    total = tl.zeros([OWN], tl.float32)
+    total = tl.zeros([OWN, 8], tl.float32)
     o_main = tl.zeros([OWN, MAIN], tl.float32)
     q_rest, o_rest = 0, 0
     if REST:
@@ -122,29 +183,26 @@ def _forward_kernel(
         )
         o_rest = tl.zeros([OWN, REST], tl.float32)
 
-    full = tokens // READ * READ
-    # the tail first: behind the loop it would make the assembler run the loop's products one by one
-    if TAIL:
-        m, total, o_main, o_rest = _one_block(
-            q_main, q_rest, k_base, v_base, full, m, total, o_main, o_rest,
-            scale, tokens, row, DIM, MAIN, REST, TAIL, True,
-        )  # fmt: skip
-    for start in range(0, full, READ):
+    for start in range(0, tokens, READ):
         m, total, o_main, o_rest = _one_block(
             q_main, q_rest, k_base, v_base, start, m, total, o_main, o_rest,
-            scale, tokens, row, DIM, MAIN, REST, READ, False,
+            scale, tokens, row, DIM, MAIN, REST, OWN, READ, MASKED,
         )  # fmt: skip
 
+    total = tl.sum(total, 1)
     kept = queries < tokens
     out_base = out + (sample * tokens * HEADS + head) * DIM + inside[:, None] * (HEADS * DIM)
-    o_main = o_main / total[:, None]
+    share = (1.0 / total)[:, None]
+    o_main = o_main * share
     tl.store(out_base + main[None, :], o_main.to(out.dtype.element_ty), mask=kept[:, None])
     if REST:
-        o_rest = o_rest / total[:, None]
+        o_rest = o_rest * share
         here = kept[:, None] & (rest[None, :] < DIM)
         tl.store(out_base + rest[None, :], o_rest.to(out.dtype.element_ty), mask=here)
-    # log2 of the sum of exp2(scores): all that the backward pass needs of a row
-    tl.store(lse + pair * tokens + inside, m + tl.log2(total), mask=kept)
+    # log2 of the sum of exp2(scores): all that the backward pass needs of a row. Of rows past the end infinity, which
+    # makes their weights 0 there
+    row_lse = tl.where(kept, m + tl.log2(total), float("inf"))
+    tl.store(lse + pair * padded + queries, row_lse)
 
 
 @triton.jit
@@ -152,38 +210,41 @@ def _one_block(
     q_main, q_rest, k_base, v_base, start, m, total, o_main, o_rest,
     scale, tokens,
     row: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    READ: tl.constexpr, MASKED: tl.constexpr,
+    OWN: tl.constexpr, READ: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take READ keys and values into the running maximum, sum and output."""
     keys = start + tl.arange(0, READ)
     inside = tl.minimum(keys, tokens - 1) if MASKED else keys
     main = tl.arange(0, MAIN)
-    # the narrow product first: the wide one then runs while its result is added
     k_main = tl.load(k_base + inside[None, :] * row + main[:, None])  # (MAIN, READ)
+    v_main = tl.load(v_base + inside[:, None] * row + main[None, :])  # (READ, MAIN)
     if REST:
         rest = MAIN + tl.arange(0, REST)
+        real = rest < DIM
         k_rest = tl.load(
-            k_base + inside[None, :] * row + rest[:, None], mask=rest[:, None] < DIM, other=0.0
+            k_base + inside[None, :] * row + rest[:, None], mask=real[:, None], other=0.0
         )
+        v_rest = tl.load(
+            v_base + inside[:, None] * row + rest[None, :], mask=real[None, :], other=0.0
+        )
+        # the narrow product first: the wide one then runs while its result is added
         scores = tl.dot(q_rest, k_rest, input_precision="ieee")
         scores = tl.dot(q_main, k_main, scores, input_precision="ieee")  # (OWN, READ)
     else:
         scores = tl.dot(q_main, k_main, input_precision="ieee")
-    if MASKED:
-        scores = tl.where(keys[None, :] < tokens, scores, float("-inf"))
+    # the last block alone: elsewhere no thread spends a comparison on it
+    if MASKED:  # noqa: SIM102  known at compile time; what follows is not
+        if start + READ > tokens:
+            scores = tl.where(keys[None, :] < tokens, scores, float("-inf"))
 
     most = tl.maximum(tl.max(scores, 1) * scale, m)
     p = tl.exp2(scores * scale - most[:, None])
     shrink = tl.exp2(m - most)
-    total = total * shrink + tl.sum(p, 1)
-    v_main = tl.load(v_base + inside[:, None] * row + main[None, :])  # (READ, MAIN)
+    total = total * shrink[:, None] + tl.sum(tl.reshape(p, [OWN, READ // 8, 8]), 1)
     p = p.to(v_main.dtype)
     # into a fresh sum and then added: scaling the sum itself would stall the matrix unit that fills it
     o_main = o_main * shrink[:, None] + tl.dot(p, v_main, input_precision="ieee")
     if REST:
-        v_rest = tl.load(
-            v_base + inside[:, None] * row + rest[None, :], mask=rest[None, :] < DIM, other=0.0
-        )
         o_rest = o_rest * shrink[:, None] + tl.dot(p, v_rest, input_precision="ieee")
     return most, total, o_main, o_rest
 
@@ -193,9 +254,9 @@ def _one_block(
 
 @triton.jit
 def _queries_kernel(
-    qkv, out, d_out, lse, delta, d_qkv, scale, plain_scale, tokens,
+    qkv, out, d_out, lse, delta, d_qkv, scale, plain_scale, tokens, padded,
     HEADS: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    OWN: tl.constexpr, READ: tl.constexpr, TAIL: tl.constexpr,
+    OWN: tl.constexpr, READ: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of OWN queries: over all keys, dq = ds @ k. And delta, which the other pass needs too."""
     row: tl.constexpr = 3 * HEADS * DIM
@@ -209,7 +270,7 @@ def _queries_kernel(
     q_rows = q_base + inside[:, None] * row
     o_rows = (sample * tokens * HEADS + head) * DIM + inside[:, None] * (HEADS * DIM)
     q_main, do_main = tl.load(q_rows + main[None, :]), tl.load(d_out + o_rows + main[None, :])
-    row_lse = tl.load(lse + pair * tokens + inside)
+    row_lse = tl.load(lse + pair * padded + queries)
     # the sum over channels of out * d_out, which the gradients of all of a row's scores have in common
     o_main = tl.load(out + o_rows + main[None, :])
     row_delta = tl.sum(o_main.to(tl.float32) * do_main.to(tl.float32), 1)
@@ -223,18 +284,12 @@ def _queries_kernel(
         o_rest = tl.load(out + o_rows + rest[None, :], mask=real, other=0.0)
         row_delta += tl.sum(o_rest.to(tl.float32) * do_rest.to(tl.float32), 1)
         dq_rest = tl.zeros([OWN, REST], tl.float32)
-    tl.store(delta + pair * tokens + inside, row_delta, mask=queries < tokens)
+    tl.store(delta + pair * padded + queries, row_delta)
 
-    full = tokens // READ * READ
-    if TAIL:
+    for start in range(0, tokens, READ):
         dq_main, dq_rest = _some_keys(
             q_main, q_rest, do_main, do_rest, dq_main, dq_rest, row_lse, row_delta,
-            k_base, full, scale, tokens, HEADS, DIM, MAIN, REST, TAIL, True,
-        )  # fmt: skip
-    for start in range(0, full, READ):
-        dq_main, dq_rest = _some_keys(
-            q_main, q_rest, do_main, do_rest, dq_main, dq_rest, row_lse, row_delta,
-            k_base, start, scale, tokens, HEADS, DIM, MAIN, REST, READ, False,
+            k_base, start, scale, tokens, HEADS, DIM, MAIN, REST, READ, MASKED,
         )  # fmt: skip
 
     kept = (queries < tokens)[:, None]
@@ -277,8 +332,9 @@ def _some_keys(
         dp = tl.dot(do_main, tl.trans(v_main), input_precision="ieee")
     p = tl.exp2(scores * scale - row_lse[:, None])
     ds = p * (dp - row_delta[:, None])
-    if MASKED:
-        ds = tl.where(keys[None, :] < tokens, ds, 0.0)
+    if MASKED:  # noqa: SIM102
+        if start + READ > tokens:
+            ds = tl.where(keys[None, :] < tokens, ds, 0.0)
     ds = ds.to(k_main.dtype)
     dq_main = tl.dot(ds, k_main, dq_main, input_precision="ieee")
     if REST:
@@ -288,16 +344,16 @@ def _some_keys(
 
 @triton.jit
 def _keys_kernel(
-    qkv, d_out, lse, delta, d_qkv, scale, plain_scale, tokens,
+    qkv, d_out, lse, delta, d_qkv, scale, plain_scale, tokens, padded,
     HEADS: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    OWN: tl.constexpr, READ: tl.constexpr, TAIL: tl.constexpr,
+    OWN: tl.constexpr, READ: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of OWN keys: over all queries, dv = p.T @ d_out and dk = ds.T @ q."""
     row: tl.constexpr = 3 * HEADS * DIM
     block, pair, sample, head = _place(tokens, HEADS, OWN)
     q_base = qkv + sample * tokens * row + head * DIM
     do_base = d_out + (sample * tokens * HEADS + head) * DIM
-    lse_base, delta_base = lse + pair * tokens, delta + pair * tokens
+    lse_base, delta_base = lse + pair * padded, delta + pair * padded
 
     keys = block * OWN + tl.arange(0, OWN)
     inside = tl.minimum(keys, tokens - 1)
@@ -314,18 +370,11 @@ def _keys_kernel(
         v_rest = tl.load(v_base + rest[None, :], mask=real, other=0.0)
         dk_rest, dv_rest = tl.zeros([OWN, REST], tl.float32), tl.zeros([OWN, REST], tl.float32)
 
-    full = tokens // READ * READ
-    if TAIL:
-        dk_main, dk_rest, dv_main, dv_rest = _some_queries(
-            k_main, k_rest, v_main, v_rest, dk_main, dk_rest, dv_main, dv_rest,
-            q_base, do_base, lse_base, delta_base, full, scale, tokens,
-            HEADS, DIM, MAIN, REST, TAIL, True,
-        )  # fmt: skip
-    for start in range(0, full, READ):
+    for start in range(0, tokens, READ):
         dk_main, dk_rest, dv_main, dv_rest = _some_queries(
             k_main, k_rest, v_main, v_rest, dk_main, dk_rest, dv_main, dv_rest,
             q_base, do_base, lse_base, delta_base, start, scale, tokens,
-            HEADS, DIM, MAIN, REST, READ, False,
+            HEADS, DIM, MAIN, REST, READ, MASKED,
         )  # fmt: skip
 
     kept = (keys < tokens)[:, None]
@@ -353,9 +402,8 @@ def _some_queries(
     main = tl.arange(0, MAIN)
     q_rows, do_rows = q_base + inside[:, None] * row, do_base + inside[:, None] * (HEADS * DIM)
     q_main, do_main = tl.load(q_rows + main[None, :]), tl.load(do_rows + main[None, :])
-    row_lse, row_delta = tl.load(lse_base + inside), tl.load(delta_base + inside)
-    if MASKED:  # exp2(score - inf) = 0: queries past the end have no part
-        row_lse = tl.where(queries < tokens, row_lse, float("inf"))
+    # of queries past the end lse is infinite, so that their weights are 0
+    row_lse, row_delta = tl.load(lse_base + queries), tl.load(delta_base + queries)
 
     if REST:
         rest = MAIN + tl.arange(0, REST)
@@ -392,9 +440,8 @@ def _cut(dim: int) -> tuple[int, int]:
     return main, max(16, triton.next_power_of_2(dim - main)) if dim > main else 0
 
 
-def _tail(tokens: int, read: int) -> int:
-    left = tokens % read
-    return max(16, triton.next_power_of_2(left)) if left else 0
+def _padded(tokens: int) -> int:
+    return -(-tokens // _ROWS) * _ROWS
 
 
 def _launch(name: str, qkv: Tensor, *arguments) -> None:
@@ -405,22 +452,24 @@ def _launch(name: str, qkv: Tensor, *arguments) -> None:
         kernel[(triton.cdiv(tokens, blocks.own) * batch * heads,)](
             *arguments,
             tokens,
+            _padded(tokens),
             HEADS=heads,
             DIM=dim,
             MAIN=main,
             REST=rest,
             OWN=blocks.own,
             READ=blocks.read,
-            TAIL=_tail(tokens, blocks.read),
+            MASKED=tokens % blocks.read != 0,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
+            maxnreg=blocks.registers,
         )
 
 
 def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, dim = qkv.shape
     out = qkv.new_empty(batch, tokens, heads, dim)
-    lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+    lse = qkv.new_empty(batch, heads, _padded(tokens), dtype=torch.float32)
     _launch("forward", qkv, qkv, out, lse, scale * _LOG2_E)
     return out, lse
 
@@ -448,7 +497,7 @@ def _(qkv, scale):
     batch, tokens, _, heads, dim = qkv.shape
     return (
         qkv.new_empty(batch, tokens, heads, dim),
-        qkv.new_empty(batch, heads, tokens, dtype=torch.float32),
+        qkv.new_empty(batch, heads, _padded(tokens), dtype=torch.float32),
     )
 
 

@@ -18,7 +18,7 @@ from siglip_lib.checks import number
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = "use x + gamma * branch * keep / keep_prob"
-_TILE = 4096  # elements: 32 for each of 4 warps' threads, four 16-byte loads of bfloat16
+_TILE = 2048  # elements: 16 for each of 4 warps' threads, two 16-byte loads of bfloat16
 _PROGRAMS = (
     1024  # that the backward pass aims at; of the shape alone, so that any GPU adds up alike
 )
