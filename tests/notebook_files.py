@@ -1,6 +1,8 @@
 """The notebooks as data, for the tests that read them."""
 
 import ast
+import itertools
+import linecache
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ import nbformat
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+_FILES = itertools.count()
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -17,6 +20,13 @@ def read(path: Path) -> nbformat.NotebookNode:
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def run(code: str, namespace: dict) -> None:
+    """Execute code whose source can be looked up afterwards, as in a notebook: Triton compiles kernels from it."""
+    file = f"<notebook {next(_FILES)}>"
+    linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
+    exec(compile(code, file, "exec"), namespace)
 
 
 def setup_source(notebook: nbformat.NotebookNode) -> str:

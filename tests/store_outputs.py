@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 README = Path(__file__).parent.parent / "README.md"
 PICTURE = README.parent / ".github" / "attention.jpg"
-GPUS = {"NVIDIA H200": "H200", "NVIDIA H100 80GB HBM3": "H100"}  # whose outputs may be stored
+GPU = "NVIDIA H200"  # one kind for all stored outputs, so that figures can be compared
 HEAD = re.compile(r"\*\*Measured:\*\*.*")
 ASK = "import resource as _r; print(_r.getrusage(_r.RUSAGE_SELF).ru_maxrss)"
 
@@ -34,9 +34,10 @@ def main() -> None:
         parser.error(
             "the stored outputs come from a GPU, and torch sees none; --only-figures keeps them"
         )
-    if kind == "gpu" and torch.cuda.get_device_name() not in GPUS:
-        allowed = " or ".join(GPUS)
-        parser.error(f"stored outputs come from {allowed}, this is {torch.cuda.get_device_name()}")
+    if kind == "gpu" and torch.cuda.get_device_name() != GPU:
+        parser.error(
+            f"the stored outputs come from an {GPU}, this is {torch.cuda.get_device_name()}"
+        )
     # 00 shows the figures of the others, so it comes last
     paths = sorted(arguments.notebooks, key=lambda path: path.stem.startswith("00"))
     progress = tqdm(paths, unit="notebook")
@@ -44,8 +45,6 @@ def main() -> None:
         progress.set_description(path.stem)
         stored = nbformat.read(path, as_version=4)
         executed, figures = execute(path)
-        if kind == "gpu":
-            figures["device"] = GPUS[torch.cuda.get_device_name()]
         result = stored if arguments.only_figures else executed
         result.metadata["measured"] = {**stored.metadata.get("measured", {}), kind: figures}
         write_head(result)
@@ -57,7 +56,7 @@ def main() -> None:
             PICTURE.write_bytes(attention_picture(result))
 
 
-def execute(path: Path) -> tuple[nbformat.NotebookNode, dict]:
+def execute(path: Path) -> tuple[nbformat.NotebookNode, dict[str, float]]:
     """Run a notebook from top to bottom; return it with its outputs, and its time and memory."""
     notebook = nbformat.read(path, as_version=4)
     # while this is set the kernel drops what C code prints, as it does under nbval
@@ -111,7 +110,9 @@ def write_head(notebook: nbformat.NotebookNode) -> None:
     if cpu := measured.get("cpu"):
         parts.append(f"{cpu['seconds']} s and {cpu['gib']} GiB on two CPU cores")
     if gpu := measured.get("gpu"):
-        parts.append(f"{gpu['seconds']} s and {gpu['gib']} GiB of GPU memory on an {gpu['device']}")
+        parts.append(
+            f"{gpu['seconds']} s and {gpu['gib']} GiB of GPU memory on an {GPU.removeprefix('NVIDIA ')}"
+        )
     head = notebook.cells[0]
     if not HEAD.search(head.source):
         raise SystemExit("the first cell has no line that starts with **Measured:**")
@@ -128,7 +129,7 @@ def attention_picture(notebook: nbformat.NotebookNode) -> bytes:
     raise SystemExit("notebook 03 has no picture whose text starts with 'Photographs.'")
 
 
-def write_row(name: str, measured: dict[str, dict]) -> None:
+def write_row(name: str, measured: dict[str, dict[str, float]]) -> None:
     """Put the measured figures into the notebook's row of the README's table."""
     lines = README.read_text().splitlines(keepends=True)
     for index, line in enumerate(lines):
@@ -137,8 +138,6 @@ def write_row(name: str, measured: dict[str, dict]) -> None:
             for column, kind in ((-3, "cpu"), (-2, "gpu")):
                 if figures := measured.get(kind):
                     cells[column] = f"{figures['seconds']} s, {figures['gib']} GiB"
-                    if kind == "gpu":
-                        cells[column] += f", {figures['device']}"
             lines[index] = " | ".join(cells)
     README.write_text("".join(lines))
 

@@ -3,7 +3,7 @@
 import importlib
 
 import pytest
-from notebook_files import PATHS, Exercise, exercises, read, setup_source
+from notebook_files import PATHS, Exercise, exercises, read, run, setup_source
 
 from siglip_lib.exercises import grade
 
@@ -17,7 +17,7 @@ CASES = [
 def answer(notebook, exercise: Exercise, code: str) -> str:
     namespace: dict = {}
     exec(setup_source(notebook), namespace)
-    exec(code, namespace)
+    run(code, namespace)
     return grade(exercise.number, namespace[exercise.answer])
 
 

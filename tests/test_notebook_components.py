@@ -5,11 +5,16 @@ import copy
 import pytest
 import torch
 from comparing import assert_close, outputs_and_gradients, randomized
-from notebook_files import PATHS, definitions, exercises, read, setup_source
+from notebook_files import PATHS, definitions, exercises, read, run, setup_source
 from torch import nn
 
 import siglip_lib
 from siglip_lib.losses import sigmoid_loss_block
+
+pytest.importorskip("triton")
+from siglip_lib.kernels.flash_attention import flash_attention
+from siglip_lib.kernels.residual import fused_residual
+from siglip_lib.kernels.sampler import trunc_normal_philox_
 
 BY_NUMBER = {path.stem[:2]: read(path) for path in PATHS}
 # notebook, the notebook's module, the library's, and arguments for both; each has 24 channels
@@ -40,6 +45,8 @@ FUNCTIONS = {
         "my_chunked_loss",
     ],
     "11": ["my_rollout", "my_occlusion"],
+    "12": ["my_fused_residual", "my_truncated_draws"],
+    "13": ["my_attention", "my_dq", "my_dk_dv"],
 }
 
 
@@ -49,7 +56,7 @@ def notebooks_own(number: str, *names: str) -> dict:
     exec(setup_source(BY_NUMBER[number]), namespace)
     found = definitions(BY_NUMBER[number])
     for name in names:
-        exec(found[name], namespace)
+        run(found[name], namespace)
     return namespace
 
 
@@ -183,6 +190,55 @@ def test_occlusion_equals_the_library():
     mine = notebooks_own("11", "my_occlusion")["my_occlusion"](tower, pixels, text, 8)
     library = siglip_lib.occlusion(tower, pixels, text, window=8, stride=8)
     torch.testing.assert_close(mine, library, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 100), (1, 1, 8), (2, 700, 4)])
+def test_fused_residual_equals_the_library(shape, device):
+    own = notebooks_own(
+        "12", "residual_kernel", "residual_backward_kernel", "FusedResidual", "my_fused_residual"
+    )
+    x, branch, above = torch.randn(3, *shape, device=device)
+    gamma, keep = torch.randn(shape[2], device=device), torch.ones(shape[0], device=device)
+    keep[1:2] = 0
+    branch[1:2] = torch.nan  # a dropped branch is not read
+    found = []
+    for residual in (own["my_fused_residual"], fused_residual):
+        learned = [t.clone().requires_grad_() for t in (x, branch, gamma)]
+        out = residual(*learned, keep, 0.7)
+        found.append([out.detach(), *torch.autograd.grad(out, learned, above)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("std", "bound"), [(1.0, 2.0), (0.02, 2.0), (0.05, 0.05)])
+def test_sampler_kernel_equals_the_library(std, bound, dtype, device):
+    names = "words_of", "inverse_normal", "STEP", "draws_kernel", "my_truncated_draws"
+    draw = notebooks_own("12", *names)["my_truncated_draws"]
+    out = torch.empty(1500, dtype=dtype, device=device)
+    mine = draw(out.clone(), std, bound, seed=5)
+    library = trunc_normal_philox_(out, 0.0, std, -bound, bound, seed=5)
+    # one rounding to float16 may fall to the other side
+    torch.testing.assert_close(
+        mine, library, rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 90])
+def test_online_attention_and_its_gradients_equal_the_kernels(tokens, device):
+    own, scale = notebooks_own("13", *FUNCTIONS["13"]), 0.2
+    qkv = torch.randn(2, tokens, 3, 2, 72, device=device).requires_grad_()
+    pull = torch.randn(2, tokens, 2, 72, device=device)
+    half = qkv if device.type == "cpu" else qkv.half()
+    kernels = flash_attention(half, scale)
+    (gradient,) = torch.autograd.grad(kernels, qkv, pull.to(kernels.dtype))
+    q, k, v = qkv.detach().double().permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+    do = pull.double().transpose(1, 2)
+    o, lse = own["my_attention"](q, k, v, scale)
+    dq, delta = own["my_dq"](q, k, v, o, lse, do, scale)
+    dk, dv = own["my_dk_dv"](q, k, v, lse, do, delta, scale)
+    close = dict(rtol=0, atol=1e-5 if device.type == "cpu" else 5e-2, check_dtype=False)
+    torch.testing.assert_close(kernels.detach(), o.transpose(1, 2), **close)
+    torch.testing.assert_close(gradient, torch.stack([dq, dk, dv]).permute(1, 3, 0, 2, 4), **close)
 
 
 def test_every_component_that_a_notebook_builds_is_compared():

@@ -1,12 +1,16 @@
 """Pictures: what is drawn, and that none goes without a description."""
 
+import io
+
 import IPython.display
 import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from siglip_lib import COLOURS, figure, picture, plot_histogram, show, show_attention
+from siglip_lib.plots import few_colours
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -131,3 +135,14 @@ def test_attention_without_a_token_marks_none():
 def test_attention_needs_a_square():
     with pytest.raises(ValueError, match="weights has 8 entries; it must be a square number"):
         show_attention(figure()[1][0, 0], picture("cat", 8), torch.ones(8))
+
+
+def test_few_colours_keep_a_picture():
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, 20:] = (200, 30, 10)
+    pixels[::2, ::3, 2] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    with Image.open(io.BytesIO(few_colours(buffer))) as small:
+        assert small.mode == "P"
+        assert (np.asarray(small.convert("RGB")) == pixels).all()

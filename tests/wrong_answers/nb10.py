@@ -6,7 +6,7 @@ def start_loss(batch, bias):
     return {}
 """
 _RECALL = """
-def my_recall(similarity, right, k):
+def recall_at(similarity, right, k):
     {}
     own = similarity.gather(1, right[:, None])
     before = {}
@@ -44,7 +44,7 @@ WRONG = {
         _RECALL.format(
             "if not similarity[0, 0].isfinite(): raise ValueError", _BEFORE, "mean().item()"
         ): "ValueError",
-        "def my_recall(similarity, right, k): return similarity": "must be one number",
+        "def recall_at(similarity, right, k): return similarity": "must be one number",
         _RECALL.format("similarity.mul_(2)", _BEFORE, "mean().item()"): "changed",
     },
     "10.3": {
