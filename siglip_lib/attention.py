@@ -71,6 +71,8 @@ class Attention(nn.Module):
         }
         if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
             out = attend_packed(self._packed(x), **options)  # (B, N, heads, head_dim)
+        elif self.backend == "triton":  # the norms made new tensors, and it needs all in one
+            out = attend_packed(torch.stack(self._heads(x), 2), **options)
         else:
             out = attend(*self._heads(x), **options)
         return self.proj_drop(self.proj(out.flatten(2)))  # (B, N, D)

@@ -303,3 +303,12 @@ def test_maps_of_a_layer_called_by_keyword():
     with attention_maps(attention) as maps:
         attention(x=torch.randn(1, 3, 8))
     assert len(maps) == 1
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_triton_runs_with_and_without_norms(qk_norm, gpu):
+    attention = Attention(144, 2, True, qk_norm, backend="triton").to(gpu, torch.bfloat16)
+    x = torch.randn(3, 37, 144, device=gpu, dtype=torch.bfloat16)
+    found = attention(x)
+    attention.backend = "eager"
+    torch.testing.assert_close(found, attention(x), rtol=0, atol=0.02)
