@@ -166,9 +166,8 @@ def _forward_kernel(
     v_base = k_base + HEADS * DIM
 
     queries = block * OWN + tl.arange(0, OWN)
-    inside = tl.minimum(
-        queries, tokens - 1
-    )  # rows past the end read the last one and are not stored
+    # rows past the end read the last one and are not stored
+    inside = tl.minimum(queries, tokens - 1)
     main = tl.arange(0, MAIN)
     # (OWN, MAIN), into shared memory, where the matrix unit reads it in each round
     q_main = tl.load(q_base + inside[:, None] * row + main[None, :])
@@ -240,6 +239,7 @@ def _one_block(
     most = tl.maximum(tl.max(scores, 1) * scale, m)
     p = tl.exp2(scores * scale - most[:, None])
     shrink = tl.exp2(m - most)
+    # eight sums a row, as its columns lie in threads: so each adds what it holds, and none is passed on until the end
     total = total * shrink[:, None] + tl.sum(tl.reshape(p, [OWN, READ // 8, 8]), 1)
     p = p.to(v_main.dtype)
     # into a fresh sum and then added: scaling the sum itself would stall the matrix unit that fills it
