@@ -7,7 +7,7 @@ block brings a larger m, what was summed before is scaled down by exp2(old m - n
 A matrix unit's tile is a power of two wide, and SO400M's head has 72 channels. Padding 72 to 128 wastes 44 % of the
 products. Here a head is cut in two, 64 + 16 of which 8 are real: 80 instead of 128.
 
-Scores are in base 2: exp2 is one instruction on a GPU, exp is two.
+Scores are in base 2: exp2 is one instruction on a GPU; exp is five, as Triton makes it.
 
 Source: Dao et al., FlashAttention (2022), section 3.1; Dao, FlashAttention-2 (2023), sections 3.1 and 3.2; Milakov and
 Gimelshein, Online normalizer calculation for softmax (2018), section 3.
