@@ -219,11 +219,10 @@ def _lie_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
     _, tokens, heads, dim = q.shape
     strides = (tokens * 3 * heads * dim, 3 * heads * dim, dim, 1)
     step = heads * dim * q.element_size()
-    start = q.data_ptr()
     return (
         q.stride() == k.stride() == v.stride() == strides
-        and k.data_ptr() == start + step
-        and v.data_ptr() == start + 2 * step
+        and k.data_ptr() - q.data_ptr() == step
+        and v.data_ptr() - k.data_ptr() == step
     )
 
 
