@@ -343,6 +343,12 @@ def _needs_half(case: _Case) -> str | None:
     return None
 
 
+def _needs_ampere(case: _Case) -> str | None:
+    if torch.cuda.get_device_capability(case.device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 (Ampere) or newer"
+    return None
+
+
 def _no_reason(case: _Case) -> str | None:
     return None
 
@@ -366,10 +372,8 @@ def _why_not_cudnn(case: _Case) -> str | None:
 def _why_not_triton(case: _Case) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if reason := _needs_cuda(case) or _needs_half(case):
+    if reason := _needs_cuda(case) or _needs_half(case) or _needs_ampere(case):
         return reason
-    if torch.cuda.get_device_capability(case.device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 (Ampere) or newer"
     if case.head_dim not in TRITON_HEAD_DIMS:
         allowed = ", ".join(map(str, TRITON_HEAD_DIMS))
         return f"needs a head_dim of {allowed}, not {case.head_dim}"
@@ -383,10 +387,8 @@ def _why_not_triton(case: _Case) -> str | None:
 def _why_not_flash_attn(case: _Case) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed"
-    if reason := _needs_cuda(case) or _needs_half(case):
+    if reason := _needs_cuda(case) or _needs_half(case) or _needs_ampere(case):
         return reason
-    if torch.cuda.get_device_capability(case.device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 (Ampere) or newer"
     if case.head_dim % 8 or case.head_dim > 256:
         return f"needs a head_dim that is a multiple of 8 up to 256, not {case.head_dim}"
     return None
