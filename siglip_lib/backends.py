@@ -152,17 +152,7 @@ def attend(
         raise TypeError(
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be the same"
         )
-    name = choose_backend(
-        backend,
-        q.device,
-        q.dtype,
-        q.shape[-1],
-        probability("dropout", dropout),
-        deterministic,
-        tokens=1 if k.shape[1] == 1 else 16,
-        packed=_lie_packed(q, k, v),
-        large=_is_large(q),
-    )
+    name = _chosen(q, k, backend, dropout, deterministic, _lie_packed(q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
 
@@ -195,21 +185,27 @@ def attend_packed(
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (B, N, 3, heads, head_dim)")
     q, k, v = qkv.unbind(2)
-    name = choose_backend(
-        backend,
-        qkv.device,
-        qkv.dtype,
-        qkv.shape[-1],
-        probability("dropout", dropout),
-        deterministic,
-        tokens=1 if qkv.shape[1] == 1 else 16,
-        packed=qkv.is_contiguous(),
-        large=_is_large(q),
-    )
+    name = _chosen(q, k, backend, dropout, deterministic, qkv.is_contiguous())
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if name == "triton":
         return _imported["siglip_lib.kernels.flash_attention"].flash_attention(qkv, scale)
     return _BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
+
+
+def _chosen(
+    q: Tensor, k: Tensor, backend: str, dropout: float, deterministic: bool, packed: bool
+) -> str:
+    return choose_backend(
+        backend,
+        q.device,
+        q.dtype,
+        q.shape[-1],
+        probability("dropout", dropout),
+        deterministic,
+        tokens=1 if k.shape[1] == 1 else 16,
+        packed=packed,
+        large=_is_large(q),
+    )
 
 
 def _lie_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -250,9 +246,8 @@ def choose_backend(
     check_backend_name(backend)
     case = _case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large)
     if backend == "auto":
-        for name in _order(
-            case
-        ):  # none after the first usable one is tried, or its package imported
+        # none after the first usable one is tried, or its package imported
+        for name in _order(case):
             if _status(name, case).usable:
                 return name
         reason = _status("eager", case).reason
@@ -355,7 +350,7 @@ def _no_reason(case: _Case) -> str | None:
 
 def _why_not_sdpa(case: _Case) -> str | None:
     if case.deterministic and case.device.type != "cpu":
-        return "its kernels add gradients in an order that varies; eager and flash_attn are deterministic"
+        return "its kernels add gradients in an order that varies; eager, triton and flash_attn are deterministic"
     return None
 
 
