@@ -6,9 +6,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from siglip_lib.checks import positive_int
+from siglip_lib.measure import has_triton
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHUNK = 4096  # larger blocks gain a quarter of the time and cost several times the memory
+# pairs of a block, 128 MiB in float32: what is smaller stays in a GPU's cache from one plain pass to the next
+_LARGE = 2**25
 
 
 def sigmoid_loss(
@@ -197,41 +200,51 @@ def sigmoid_loss_block(
         The sum of the loss over the pairs, shape (), and its derivative by the bias, shape (), 0 if ``sums`` is None.
     """
     dots = _product(image, text.t())  # (b, m)
+    # Of a pair with logit -18 or less float16 would make a derivative of 0. In units of 2**-15 it reaches down to -27,
+    # and what was at most 1 is at most 32768, which it still holds.
+    unit = 2.0**-15 if image.dtype == torch.float16 else 1.0
+    dtype = None if sums is None else image.dtype  # the products need one dtype
+    if _in_one_pass(dots):
+        from siglip_lib.kernels.pair_losses import pair_losses as of_pairs
+    else:
+        of_pairs = _pair_losses
+    loss, d_bias, d_logits = of_pairs(dots, scale, bias, positive, dtype, unit)
+    del dots  # its memory is needed
+    if sums is not None:
+        d_image, d_text = sums
+        d_image.add_(_product(d_logits, text), alpha=unit)
+        d_text.add_(_product(d_logits.t(), image), alpha=unit)
+    return loss, d_bias
+
+
+def _in_one_pass(dots: Tensor) -> bool:
+    """Whether the kernel runs: on a GPU, where a block is so large that each pass over it goes to memory."""
+    return dots.is_cuda and dots.dtype == torch.float32 and dots.numel() >= _LARGE and has_triton()
+
+
+def _pair_losses(
+    dots: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    positive: int | Tensor,
+    dtype: torch.dtype | None,
+    unit: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what ``pair_losses`` of ``siglip_lib.kernels`` does, from any float dtype; ``dots`` is overwritten."""
     # wrong = -z * logits. The loss is log(1 + exp(wrong)) and its derivative sigmoid(wrong): small where a pair is
     # right, and never the difference of two large numbers. The matrix is overwritten at each step to stay in the cache.
     wrong = _change_sign(torch.addcmul(bias, dots, scale, out=dots), positive)
-    d_bias = (
-        torch.zeros_like(bias)
-        if sums is None
-        else _add_gradients(wrong, image, text, positive, *sums)
-    )
+    d_bias, d_logits = torch.zeros_like(bias), None
+    if dtype is not None:
+        d_logits = torch.empty_like(wrong, dtype=dtype)
+        if unit == 1.0:
+            torch.sigmoid(wrong, out=d_logits)
+        else:
+            torch.mul(wrong.sigmoid(), 1 / unit, out=d_logits)
+        _change_sign(d_logits, positive)
+        d_bias = d_logits.sum(dtype=wrong.dtype) * unit
     # beyond the threshold softplus(x) is x: right to float64's last digit from 50 on, not yet from the usual 20 on
-    return F.softplus(wrong, threshold=50, out=wrong).sum(), d_bias
-
-
-def _add_gradients(
-    wrong: Tensor,
-    image: Tensor,
-    text: Tensor,
-    positive: int | Tensor,
-    d_image: Tensor,
-    d_text: Tensor,
-) -> Tensor:
-    """Add a block's gradients to ``d_image`` and ``d_text`` and return that by the bias; ``wrong`` (b, m) stays."""
-    d_logits = torch.empty_like(wrong, dtype=image.dtype)  # the products need one dtype
-    unit = 1.0
-    if image.dtype == torch.float16:
-        # Of a pair with logit -18 or less float16 would make 0. In units of 2**-15 it reaches down to -27, and what
-        # was at most 1 is at most 32768, which it still holds.
-        unit = 2.0**-15
-        torch.mul(wrong.sigmoid(), 1 / unit, out=d_logits)
-    else:
-        torch.sigmoid(wrong, out=d_logits)
-    _change_sign(d_logits, positive)
-    d_image.add_(_product(d_logits, text), alpha=unit)
-    d_text.add_(_product(d_logits.t(), image), alpha=unit)
-    d_bias = d_logits.sum(dtype=wrong.dtype)
-    return d_bias if unit == 1.0 else d_bias * unit
+    return F.softplus(wrong, threshold=50, out=wrong).sum(), d_bias, d_logits
 
 
 def _change_sign(x: Tensor, positive: int | Tensor) -> Tensor:

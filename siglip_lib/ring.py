@@ -9,12 +9,13 @@ from siglip_lib.losses import (
     SigmoidLoss,
     check_arguments,
     finished,
-    sigmoid_loss,
     sigmoid_loss_block,
     wide_dtype,
 )
 
-_IMAGES, _TEXTS = 4096, 2048  # of a block; what travels at a time is kept several times over
+# Of a block. It is large, as a GPU computes one while Python prepares the next and its exchange; it has fewer texts
+# than images, since what travels is kept several times over.
+_IMAGES, _TEXTS = 16_384, 2048
 
 
 def ring_sigmoid_loss(
@@ -53,12 +54,11 @@ def ring_sigmoid_loss(
         image_ids: integers (B,). A pair belongs together where its two ids are equal, on whichever ranks the two are.
             Without ids image i of a rank belongs to text i of the same rank alone.
         text_ids: integers (M,).
-        chunk: images, and texts, of a block; 4096 images and 2048 texts if None.
+        chunk: images, and texts, of a block; 16,384 images and 2048 texts if None.
         group: the processes that share the batch; all if None.
 
     Returns:
-        The loss, shape (), in float32, or float64 if the vectors are, as in ``sigmoid_loss``. With one process it is
-        ``sigmoid_loss``.
+        The loss, shape (), in float32, or float64 if the vectors are, as in ``sigmoid_loss``.
 
     Raises:
         TypeError: an argument is not a tensor or not of an allowed dtype, or those of ``image`` and ``text`` differ.
@@ -70,8 +70,6 @@ def ring_sigmoid_loss(
     """
     learned = (image, text, logit_scale, logit_bias)
     _check_all_ranks(*learned, image_ids, text_ids, chunk, group)
-    if dist.get_world_size(group) == 1:
-        return sigmoid_loss(*learned, image_ids, text_ids, chunk=chunk)
     with torch.autocast(image.device.type, enabled=False):
         if _recorded(learned):
             return _RingSigmoidLoss.apply(*learned, image_ids, text_ids, chunk, group)
@@ -159,15 +157,17 @@ def _pass_on(
     leaving: list[Tensor], coming: list[Tensor], group: dist.ProcessGroup | None
 ) -> list[dist.Work]:
     """Begin to send tensors to the next rank, and to fill others from the one before; both stay until waited for."""
-    if not leaving:
-        return []
     rank, world = dist.get_rank(group), dist.get_world_size(group)
+    if world == 1:  # what leaves has arrived
+        for there, here in zip(coming, leaving, strict=True):
+            there.copy_(here)
+        return []
     everyone = group or dist.group.WORLD
     after = dist.get_global_rank(everyone, (rank + 1) % world)
     before = dist.get_global_rank(everyone, (rank - 1) % world)
     sends = [dist.P2POp(dist.isend, x, after, group, tag) for tag, x in enumerate(leaving)]
     receives = [dist.P2POp(dist.irecv, x, before, group, tag) for tag, x in enumerate(coming)]
-    return dist.batch_isend_irecv(sends + receives)
+    return dist.batch_isend_irecv(sends + receives) if leaving else []
 
 
 def _recorded(learned: tuple[Tensor, ...]) -> bool:

@@ -42,7 +42,6 @@ EMOJI64_SIGLIP = SigLIPConfig(
 EMOJI64_WEIGHTS = Path(__file__).parent / "weights" / "emoji64"
 # their unit vectors (5094, 128) of all pictures, "pictures" in a safetensors file, float16
 EMOJI64_VECTORS = EMOJI64_WEIGHTS.with_name("emoji64_vectors.safetensors")
-_EAGER_STEPS = 3  # before a CUDA graph is recorded: libraries set themselves up in the first ones
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps.
-        batch: pairs in a step, each of another concept.
+        batch: pairs in a step, each of another concept; of more than there are concepts each has another picture, and
+            all pairs of one concept belong together.
         lr: highest rate of AdamW, reached after ``warmup`` steps, then lowered along a cosine to 0.
         logit_lr: the same for log-temperature and bias.
         weight_decay: of matrices; norms, biases, positions, the pooling query, temperature and bias have none.
@@ -105,10 +105,14 @@ class Training:
         losses: the loss of each.
 
     Raises:
-        ValueError: there are fewer concepts than a batch needs, or the tokenizer does not fit the model.
+        ValueError: there are fewer pictures than a batch needs, or the tokenizer does not fit the model.
     """
 
     _rows = slice(None)  # of each batch; of many processes each has some
+    _eager_steps = (
+        3  # before a CUDA graph is recorded: libraries set themselves up in the first ones
+    )
+    _stream: torch.cuda.Stream | None = None  # that the graph is recorded on; a new one if None
 
     def __init__(
         self,
@@ -121,11 +125,11 @@ class Training:
         compile: bool = False,
     ) -> None:
         self._concept = emoji.concept[places]
-        concepts = len(self._concept.unique())
-        if config.batch > concepts:
+        if config.batch > len(places):
             raise ValueError(
-                f"batch={config.batch} must be at most {concepts}, one of each concept"
+                f"batch={config.batch} must be at most {len(places)}, each picture once"
             )
+        self._unique = config.batch <= len(self._concept.unique())
         check_tokenizer(tokenizer, model.config)
         self.model, self.config, self.device = model, config, torch.device(device)
         self.model.to(device).train()
@@ -138,7 +142,7 @@ class Training:
         self._pair_loss = self._wrapped(model)
         self.optimizer = _optimizer(model, config, self.device)
         rows = len(range(config.batch)[self._rows])
-        shapes = {"which": (rows,), "text": (rows,), "draws": (rows, DRAWS)}
+        shapes = {"which": (rows,), "text": (rows,), "concept": (rows,), "draws": (rows, DRAWS)}
         self._inputs = {
             name: torch.zeros(
                 shape, dtype=torch.float32 if name == "draws" else torch.int64, device=device
@@ -146,7 +150,7 @@ class Training:
             for name, shape in shapes.items()
         }
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._eager_steps = 0
+        self._steps_here = 0
         self._block: dict[str, Tensor] = {}
         self._loss = torch.zeros((), device=device)
         self._forward = torch.compile(self._batch_loss) if compile else self._batch_loss
@@ -228,7 +232,11 @@ class Training:
     def go_on_from(self, step: int, losses: list[float]) -> None:
         """Take up the count of a stored training whose weights and moments are in place."""
         self.step, self.losses = step, losses
-        self._graph, self._eager_steps, self._block = None, 0, {}
+        self.release()
+
+    def release(self) -> None:
+        """Free the CUDA graph; NCCL waits for that where a process group ends. A further step records a new one."""
+        self._graph, self._steps_here, self._block = None, 0, {}
 
     def _wrapped(self, model: SigLIP) -> nn.Module:
         """From a batch to its loss; here what spreads the work over many processes may come in."""
@@ -253,24 +261,29 @@ class Training:
         seed = np.random.SeedSequence((self.config.seed, block)).generate_state(1).item()
         generator = torch.Generator().manual_seed(seed)
         shape = (BLOCK, self.config.batch)
-        which = unique_batches(self._concept, self.config.batch, generator, BLOCK)
+        if self._unique:
+            which = unique_batches(self._concept, self.config.batch, generator, BLOCK)
+        else:
+            order = torch.rand(BLOCK, len(self._concept), generator=generator)
+            which = order.argsort(dim=1, stable=True)[:, : self.config.batch]
         concept = self._concept[which]
         chance = torch.rand(shape, generator=generator, dtype=torch.float64)
         text = self._first[concept] + (chance * self._captions[concept]).long()
         draws = torch.rand(*shape, DRAWS, generator=generator)
-        found = {"which": which, "text": text, "draws": draws}
+        found = {"which": which, "text": text, "concept": concept, "draws": draws}
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 
     def _one_step(self) -> Tensor:
         if self._graph is not None:
             self._graph.replay()
             return self._loss
-        if self.device.type != "cuda" or self._eager_steps < _EAGER_STEPS:
-            self._eager_steps += 1
+        if self.device.type != "cuda" or self._steps_here < self._eager_steps:
+            self._steps_here += 1
             return self._forward_backward_update()
         self._graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(self._graph):
+        # what other threads do, such as the one that watches over NCCL, must not spoil the recording
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             self._loss = self._forward_backward_update()
         self._graph.replay()  # recording ran nothing
         return self._loss
@@ -293,11 +306,13 @@ class Training:
             self._pictures[inputs["which"]], inputs["draws"], self.config.strength
         )  # (B, 3, 64, 64)
         tokens = self._tokens[inputs["text"]]  # (B, N)
-        return self._pair_loss(pixels, tokens)
+        return self._pair_loss(pixels, tokens, None if self._unique else inputs["concept"])
 
 
 class PairLoss(nn.Module):
     """Both towers and the loss: pictures (B, 3, H, W) and tokens (B, N) to a number, in bfloat16 on a GPU.
+
+    Pairs belong together where their ``ids`` (B,) are equal; without ids only each picture and its own text.
 
     One module, as what DDP wraps has to hold the whole forward pass.
     """
@@ -306,7 +321,7 @@ class PairLoss(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
         # a cache of converted weights would not outlive the recording of a graph
         with torch.autocast(
             pixels.device.type,
@@ -315,7 +330,7 @@ class PairLoss(nn.Module):
             cache_enabled=False,
         ):
             image, text = self.model.encode_image(pixels), self.model.encode_text(tokens)
-        return self.loss(image, text, self.model.logit_scale, self.model.logit_bias)
+        return self.loss(image, text, self.model.logit_scale, self.model.logit_bias, ids, ids)
 
 
 @contextmanager

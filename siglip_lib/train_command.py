@@ -52,6 +52,7 @@ def main() -> None:
         if given.resume:
             load_checkpoint(training, checkpoints)
         finished = _train(training, checkpoints, given.checkpoint_every, stop)
+        training.release()
         model = whole_model(training) if finished else None
         if model is not None:
             save_siglip(model, _tokenizer(), given.out / "weights")

@@ -11,7 +11,7 @@ import torch
 from scipy import special, stats
 from test_trunc_normal import distance
 
-from siglip_lib import measure, trunc_normal_
+from siglip_lib import measure
 
 pytest.importorskip("triton")
 import triton
@@ -316,4 +316,4 @@ def test_more_than_2_to_31_elements(gpu):
 def test_time(dtype, gpu):
     x = torch.empty(2**26, dtype=dtype, device=gpu)
     ours = measure(lambda: trunc_normal_philox_(x, std=0.02, seed=1), gpu).median_ms
-    assert ours <= 0.8 * measure(lambda: trunc_normal_(x, std=0.02), gpu).median_ms
+    assert ours <= 0.5 * measure(lambda: torch.nn.init.trunc_normal_(x, std=0.02), gpu).median_ms

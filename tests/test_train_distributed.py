@@ -39,10 +39,15 @@ SMALL = TrainConfig(steps=6, batch=16, warmup=2, lr=1e-3, seed=3, clip=0.5, keyw
 WORLDS = (1, 2, 4)
 
 
+SHARED = replace(SMALL, seed=4)  # with eight concepts, so that a batch has several pairs of one
+
+
 def parts(emoji: Emoji64, config: TrainConfig = SMALL) -> tuple:
     torch.manual_seed(0)
     tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
-    return SigLIP(SIZES), tokenizer, emoji, split(emoji).train[::20], config
+    places = split(emoji).train
+    places = places[emoji.concept[places] < 8] if config is SHARED else places[::20]
+    return SigLIP(SIZES), tokenizer, emoji, places, config
 
 
 def in_a_process(folder: Path, emoji: Emoji64) -> dict:
@@ -78,6 +83,10 @@ def in_a_process(folder: Path, emoji: Emoji64) -> dict:
             training.run(progress=False)
             note(f"resumed by {world} {parallel}", training)
     dist.barrier()
+
+    training = new(4, "ddp", SHARED)
+    training.run(progress=False)
+    note("shared", training)
 
     training = new(4, "ddp")
     training.run(4, progress=False)
@@ -161,6 +170,13 @@ def test_as_one_process_alone(found, alone, run):
     for other in found[1:]:
         if run in other:
             assert other[run] == [losses, None]
+
+
+def test_pairs_of_one_concept_belong_together_on_whichever_processes_they_are(found, emoji):
+    training = Training(*parts(emoji, SHARED), "cpu")
+    training.run(progress=False)
+    assert found[0]["shared"][0] == pytest.approx(training.losses, rel=1e-5)
+    assert len(training._inputs["concept"].unique()) <= 8
 
 
 def test_fsdp2_shards_all_but_temperature_and_bias(found):
