@@ -103,7 +103,6 @@ def _loss_and_gradients(
     wide, device = wide_dtype(image), image.device
     if not image.is_cuda:  # a CPU's matrix product has no float32 result for half precision
         image, text = image.to(wide), text.to(wide)
-    text = text.contiguous()
     scale, bias = logit_scale.to(wide).exp(), logit_bias.to(wide)
     d_image = torch.zeros(image.shape if with_gradients else (), dtype=wide, device=device)
     d_text = torch.empty(text.shape if with_gradients else (), dtype=wide, device=device)
@@ -112,62 +111,80 @@ def _loss_and_gradients(
         dist.all_gather(list(all_ids), text_ids.to(torch.int64), group)
         image_ids = image_ids.to(torch.int64)
 
+    count = min(texts, len(text))
+    held, coming = (_Parcel(text[:count], wide, with_gradients) for _ in range(2))
+    d_here = torch.empty(held.texts.shape if with_gradients else (), dtype=wide, device=device)
     parts = []
-    # the gradient found in the step before, and where it ends once it has been everywhere
-    done = home = None
+    home = None  # where the gradient ends that is on its way
     for first in range(0, len(text), texts):
         columns = slice(first, first + texts)
-        here = text[columns]  # (m, D)
+        m = len(text[columns])  # the last block may be narrower, what travels may not
+        held.texts[:m] = text[columns]
         for hop in range(world):
             source = (rank - hop) % world  # whose texts these are
-            leaving, coming = [], []
-            if hop < world - 1:
-                following = torch.empty_like(here)
-                leaving, coming = [here], [following]
-            if done is not None:
-                # what the rank before found for these texts, or, as new ones begin, what all found for the last ones
-                found_before = torch.empty_like(done) if hop else home
-                leaving, coming = [*leaving, done], [*coming, found_before]
-            exchange = _pass_on(leaving, coming, group)
-            d_here = torch.zeros(here.shape, dtype=wide, device=device) if with_gradients else None
+            follows = with_gradients and (hop > 0 or home is not None)
+            exchange = _pass_on(held, coming, hop < world - 1, follows, group)
+            here, d_part = held.texts[:m], d_here[:m].zero_() if with_gradients else None
             for i in range(0, len(image), images):
                 rows = slice(i, i + images)
                 if image_ids is None:
                     positive = (rank * len(image) + i) - (source * len(text) + first)
                 else:
                     positive = image_ids[rows, None] == all_ids[source, columns]
-                sums = (d_image[rows], d_here) if with_gradients else None
+                sums = (d_image[rows], d_part) if with_gradients else None
                 part = sigmoid_loss_block(image[rows], here, scale, bias, positive, sums)
                 parts.append(part)
             for work in exchange:
                 work.wait()
-            if hop and with_gradients:
-                d_here += found_before
-            done = d_here
-            if hop < world - 1:
-                here = following
+            if with_gradients:
+                if hop:  # what the ranks before found for these texts
+                    coming.gradient[:m] += d_part
+                else:  # what all ranks found for the texts before
+                    if home is not None:
+                        home.copy_(coming.gradient)
+                    coming.gradient[:m] = d_part
+            held, coming = coming, held
         home = d_text[columns] if with_gradients else None
     if with_gradients:
-        for work in _pass_on([done], [home], group):
+        for work in _pass_on(held, coming, False, True, group):
             work.wait()
+        home.copy_(coming.gradient[: len(home)])
     return finished(parts, image, d_image, d_text, scale, with_gradients)
 
 
+class _Parcel:
+    """Texts, and the gradient that follows its texts one rank behind: in one piece, as each message costs time."""
+
+    def __init__(self, like: Tensor, wide: torch.dtype, with_gradients: bool) -> None:
+        self._cut = like.numel() * wide.itemsize if with_gradients else 0
+        size = self._cut + like.numel() * like.element_size()
+        self._bytes = torch.empty(size, dtype=torch.uint8, device=like.device)
+        shape = (*like.shape[:-1], -1)
+        self.gradient = self._bytes[: self._cut].view(wide).view(shape) if with_gradients else None
+        self.texts = self._bytes[self._cut :].view(like.dtype).view(shape)
+
+    def part(self, texts: bool, gradient: bool) -> Tensor:
+        """Return the bytes of what shall travel."""
+        return self._bytes[0 if gradient else self._cut : None if texts else self._cut]
+
+
 def _pass_on(
-    leaving: list[Tensor], coming: list[Tensor], group: dist.ProcessGroup | None
+    held: _Parcel, coming: _Parcel, texts: bool, gradient: bool, group: dist.ProcessGroup | None
 ) -> list[dist.Work]:
-    """Begin to send tensors to the next rank, and to fill others from the one before; both stay until waited for."""
+    """Begin to send a parcel to the next rank, and to fill another from the one before; both stay until waited for."""
+    if not texts and not gradient:
+        return []
+    leaving, arriving = held.part(texts, gradient), coming.part(texts, gradient)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     if world == 1:  # what leaves has arrived
-        for there, here in zip(coming, leaving, strict=True):
-            there.copy_(here)
+        arriving.copy_(leaving)
         return []
     everyone = group or dist.group.WORLD
     after = dist.get_global_rank(everyone, (rank + 1) % world)
     before = dist.get_global_rank(everyone, (rank - 1) % world)
-    sends = [dist.P2POp(dist.isend, x, after, group, tag) for tag, x in enumerate(leaving)]
-    receives = [dist.P2POp(dist.irecv, x, before, group, tag) for tag, x in enumerate(coming)]
-    return dist.batch_isend_irecv(sends + receives) if leaving else []
+    sends = dist.P2POp(dist.isend, leaving, after, group)
+    receives = dist.P2POp(dist.irecv, arriving, before, group)
+    return dist.batch_isend_irecv([sends, receives])
 
 
 def _recorded(learned: tuple[Tensor, ...]) -> bool:

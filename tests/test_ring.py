@@ -183,11 +183,10 @@ def test_texts_travel_while_a_block_is_computed_and_few_at_a_time(monkeypatch):
     """One rank's view, its neighbours imitated."""
     log, held = [], []
 
-    def pass_on(leaving, coming, group):
-        for x in coming:
-            x.zero_()
+    def pass_on(parcel, coming, texts, gradient, group):
+        coming.part(True, True).zero_()
         log.append("begin")
-        held.append(max(x.numel() for x in leaving + coming))
+        held.append(parcel.part(texts, gradient).numel())
         return [Paused(log)]
 
     def block(*args):
@@ -202,7 +201,9 @@ def test_texts_travel_while_a_block_is_computed_and_few_at_a_time(monkeypatch):
     ring._loss_and_gradients(x, x, S, S, None, None, 4, None, True)
     step = ["begin", "compute", "compute", "wait"]
     assert log == step * 6 + ["begin", "wait"]
-    assert max(held) == 4 * 2
+    one = 4 * 2 * 4  # bytes of four texts, or of their gradient
+    # the first texts have nothing with them, and at the last rank of each round only the gradient goes on
+    assert held == [one, 2 * one, one, 2 * one, 2 * one, one, one]
 
 
 def test_without_a_group_it_says_what_is_missing():
