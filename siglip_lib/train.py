@@ -109,9 +109,8 @@ class Training:
     """
 
     _rows = slice(None)  # of each batch; of many processes each has some
-    _eager_steps = (
-        3  # before a CUDA graph is recorded: libraries set themselves up in the first ones
-    )
+    # before a CUDA graph is recorded: libraries set themselves up in the first ones
+    _eager_steps = 3
     _stream: torch.cuda.Stream | None = None  # that the graph is recorded on; a new one if None
 
     def __init__(

@@ -31,11 +31,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from train_emoji64 import shares
 
 from siglip_lib import create_siglip_vit, device_report
 from siglip_lib.distributed import DistributedTraining, whole_model
 from siglip_lib.emoji64 import load_emoji64, split
-from siglip_lib.evaluate import recall
 from siglip_lib.losses import sigmoid_loss
 from siglip_lib.ring import ring_sigmoid_loss
 from siglip_lib.siglip import SigLIP, embed_pictures, embed_texts
@@ -249,7 +249,8 @@ def emoji(device: torch.device, small: bool) -> dict:
     }
     config = TrainConfig(**options | ({"batch": 8, "steps": 4} if small else {}))
     torch.manual_seed(config.seed)
-    model, tokenizer = SigLIP(EMOJI64_SIGLIP), Tokenizer(EMOJI64_WEIGHTS / "spiece.model", 16)
+    model = SigLIP(EMOJI64_SIGLIP)
+    tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
     pictures = load_emoji64()
     parts = split(pictures)
     arguments = (model, tokenizer, pictures, parts.train, config)
@@ -266,37 +267,32 @@ def emoji(device: torch.device, small: bool) -> dict:
     if trained is not None:
         trained = trained.to(device).eval()
         texts = embed_texts(trained, tokenizer, pictures.names).cpu()
-        vectors = embed_pictures(trained, pictures.pictures[parts.seen]).cpu()
-        concepts, names = pictures.concept[parts.seen], torch.arange(len(texts))
-        for k in (1, 5):
-            to_text = recall(vectors, texts, concepts, names, k)
-            to_image = recall(texts[concepts], vectors, concepts, concepts, k)
-            found |= {f"image_to_text_{k}": to_text.value, f"text_to_image_{k}": to_image.value}
-        shares_right = ", ".join(f"{key} {found[key]:.3f}" for key in found if "_to_" in key)
+        vectors = embed_pictures(trained, pictures.pictures).cpu()
+        right = shares("emoji", vectors, texts, pictures, parts.seen, everything=True)
+        found |= {name.removeprefix("emoji: "): share.value for name, share in right.items()}
+        shares_right = ", ".join(f"{name.removeprefix('emoji: ')} {s}" for name, s in right.items())
         say(f"{config.steps} steps of {config.batch} in {found['seconds']:.1f} s: {shares_right}")
     return found
 
 
 def overlap(device: torch.device, small: bool) -> dict:
-    calls = {
-        "ring": partial(
-            forward_backward, ring_sigmoid_loss, draw(*sizes(small), torch.bfloat16, device)
-        )
-    }
+    kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     found = {}
     for name in ("ring", *PARALLEL):
-        call = calls[name] if name in calls else tower_step(name, device, small)[0]
+        if name == "ring":
+            arguments = draw(*sizes(small), torch.bfloat16, device)
+            call = partial(forward_backward, ring_sigmoid_loss, arguments)
+        else:
+            call, _ = tower_step(name, device, small)
         for _ in range(3):
             call()
         synchronize(device)
         dist.barrier()
-        with profile(
-            activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
-        ) as watched:
+        with profile(activities=[kind]) as watched:
             call()
             synchronize(device)
         kernels = [e for e in watched.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        found[name] = shares(
+        found[name] = together(
             [(e.time_range.start / 1e3, e.time_range.end / 1e3, "nccl" in e.name) for e in kernels]
         )
         if kernels:
@@ -308,7 +304,7 @@ def overlap(device: torch.device, small: bool) -> dict:
     return found
 
 
-def shares(kernels: list[tuple[float, float, bool]]) -> dict:
+def together(kernels: list[tuple[float, float, bool]]) -> dict:
     """From each kernel's start and end in ms, and whether it communicates: how long both took, and together."""
     if not kernels:
         return {}
@@ -320,7 +316,7 @@ def shares(kernels: list[tuple[float, float, bool]]) -> dict:
     length = {kind: sum(b - a for a, b in some) for kind, some in apart.items()}
     both = merged(apart[True] + apart[False])
     end = max(b for _, b in both)
-    together = sum(length.values()) - sum(b - a for a, b in both)
+    shared = sum(length.values()) - sum(b - a for a, b in both)
     # for a picture: gaps that it would not show are closed
     lines = {
         name: [[round(a, 3), round(b, 3)] for a, b in merged(apart[kind], end / 500)]
@@ -330,7 +326,7 @@ def shares(kernels: list[tuple[float, float, bool]]) -> dict:
         "ms": end,
         "travelling_ms": length[True],
         "computing_ms": length[False],
-        "hidden": together / length[True] if length[True] else 0.0,
+        "hidden": shared / length[True] if length[True] else 0.0,
         **lines,
     }
 
@@ -393,12 +389,11 @@ def distances(function: Callable[..., Tensor], device: torch.device) -> list[flo
     with torch.no_grad():
         image, text, scale, bias = whole
         dots = scale.exp() * image @ text.T
-        slopes = ((1 - 2 * torch.eye(len(dots), device=device)) * (dots + bias)).sigmoid() / len(
-            dots
-        )
-        sizes = [x.norm() for x in (wanted, *wanted_gradients[:2])]
-        sizes += [(slopes * dots).abs().sum(), slopes.sum()]
-    three = zip((value, *gradients), (wanted, *wanted_gradients), sizes, strict=True)
+        signs = 1 - 2 * torch.eye(len(dots), device=device)
+        slopes = (signs * (dots + bias)).sigmoid() / len(dots)
+        magnitudes = [x.norm() for x in (wanted, *wanted_gradients[:2])]
+        magnitudes += [(slopes * dots).abs().sum(), slopes.sum()]
+    three = zip((value, *gradients), (wanted, *wanted_gradients), magnitudes, strict=True)
     found = [((a - b).norm() / size).item() for a, b, size in three]
     assert all(x < 0.01 for x in found), found  # fails on NaN too
     return [float(f"{worst(x):.1e}") for x in found]
