@@ -421,8 +421,8 @@ class _Backend:
 
 
 TRITON_HEAD_DIMS = (64, 72, 80, 96, 128)
-# On an H200 triton is ahead of cuDNN at 64 times 729 tokens and these head_dims, by 1 to 7 % forward and 10 to 13 %
-# with backward; from 1024 tokens on it is 0 to 6 % behind, and small work waits for Python to launch it.
+# On an H200 triton is ahead of cuDNN at 64 times 729 tokens and these head_dims, by 0 to 8 % forward and 9 to 13 % with
+# backward; from 1024 tokens on it is up to 6 % behind forward, and small work waits for Python to launch it.
 LARGE = 40e9  # FLOP forward, a quarter of what one layer of SO400M takes for 64 pictures
 LONG = 1024  # tokens
 _TRITON_FIRST = (64, 72, 80)

@@ -105,7 +105,9 @@ class DistributedTraining(Training):
     def _wrapped(self, model: SigLIP) -> nn.Module:
         pair_loss = PairLoss(model, partial(ring_sigmoid_loss, group=self.group))
         if self._parallel == "ddp":
-            return DistributedDataParallel(pair_loss, process_group=self.group)
+            return DistributedDataParallel(
+                pair_loss, process_group=self.group, gradient_as_bucket_view=True
+            )
         for block in (*model.image.blocks, *model.text.blocks):
             fully_shard(block, mesh=self._mesh)
         scalars = {model.logit_scale, model.logit_bias}  # it takes none

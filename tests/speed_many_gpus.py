@@ -238,16 +238,17 @@ def largest(device: torch.device, small: bool) -> dict:
 def emoji(device: torch.device, small: bool) -> dict:
     world = dist.get_world_size()
     defaults = TrainConfig()
-    # rate and decay grow with the root of the batch: together they shrink weights as much as in one process
+    # with a larger batch, rate and warm-up grow with its root; the decay stays
     options = {
         "batch": world * defaults.batch,
         "steps": defaults.steps // world,
-        "warmup": defaults.warmup // world,
+        "warmup": round(defaults.warmup * world**0.5),
         "lr": defaults.lr * world**0.5,
         "logit_lr": defaults.logit_lr * world**0.5,
-        "weight_decay": defaults.weight_decay * world**0.5,
     }
-    config = TrainConfig(**options | ({"batch": 8, "steps": 4} if small else {}))
+    if small:
+        options |= {"batch": 8, "steps": 4}
+    config = TrainConfig(**options)
     torch.manual_seed(config.seed)
     model = SigLIP(EMOJI64_SIGLIP)
     tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)

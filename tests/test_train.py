@@ -66,7 +66,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(new):
     assert runs[0].losses == runs[1].losses
     assert same(weights(runs[0]), weights(runs[1]))
     assert not same(weights(runs[0]), weights(runs[2]))  # though the model starts the same
-    assert not torch.equal(runs[0]._draw(0)["draws"], runs[0]._draw(1)["draws"])
     assert len(runs[0].losses) == runs[0].step == 8
 
 
@@ -85,6 +84,21 @@ def test_taken_up_again_it_is_as_if_never_stopped(new, tmp_path, block, monkeypa
     second.run(progress=False)
     assert second.losses == whole.losses
     assert same(weights(second), weights(whole))
+
+
+def test_each_block_of_steps_and_each_seed_has_its_own_numbers(new, monkeypatch):
+    monkeypatch.setattr(train, "BLOCK", 2)
+    training = new()
+    training.run(3, progress=False)
+    before, now, elsewhere = (
+        training._draw(0),
+        training._draw(1),
+        new(replace(SMALL, seed=4))._draw(1),
+    )
+    for name, place in training._inputs.items():  # of the third step
+        assert torch.equal(place, now[name][0])
+        assert not torch.equal(place, before[name][0])
+        assert not torch.equal(place, elsewhere[name][0])
 
 
 def test_on_a_gpu_with_its_graph_too(new, gpu, tmp_path):
@@ -126,7 +140,7 @@ def test_a_step_is_adamw_on_the_loss_of_its_batch(new, emoji, places, tokenizer,
     copy.load_state_dict(training.model.state_dict())
     training.run(1, progress=False)
 
-    block = training._block
+    block = training._drawn(0)
     which, text, draws = (block[name][0] for name in ("which", "text", "draws"))
     table = [
         text
