@@ -47,6 +47,7 @@ FUNCTIONS = {
     "11": ["my_rollout", "my_occlusion"],
     "12": ["my_fused_residual", "my_truncated_draws"],
     "13": ["my_attention", "my_dq", "my_dk_dv"],
+    "14": ["my_ring"],
 }
 
 
@@ -239,6 +240,20 @@ def test_online_attention_and_its_gradients_equal_the_kernels(tokens, device):
     close = dict(rtol=0, atol=1e-5 if device.type == "cpu" else 5e-2, check_dtype=False)
     torch.testing.assert_close(kernels.detach(), o.transpose(1, 2), **close)
     torch.testing.assert_close(gradient, torch.stack([dq, dk, dv]).permute(1, 3, 0, 2, 4), **close)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_ring_equals_the_librarys_loss_of_the_whole_batch(world):
+    my_ring = notebooks_own("14", "turned", "my_ring")["my_ring"]
+    vectors = nn.functional.normalize(torch.randn(2, 4 * world, 6, dtype=torch.float64), dim=2)
+    ids = torch.randint(5, (4 * world,))
+    scalars = torch.tensor(1.3).double(), torch.tensor(-2.0).double()
+    losses, *gradients = my_ring(*([*x.chunk(world)] for x in (*vectors, ids)), *scalars)
+    learned = [x.clone().requires_grad_() for x in vectors]
+    loss = siglip_lib.sigmoid_loss(*learned, *scalars, ids, ids)
+    wanted = loss.detach(), *torch.autograd.grad(loss, learned)
+    found = torch.stack(losses).mean(), *(torch.cat(x) / world for x in gradients)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_every_component_that_a_notebook_builds_is_compared():
