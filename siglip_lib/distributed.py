@@ -80,6 +80,7 @@ class DistributedTraining(Training):
         if mesh.device_type == "cuda":
             # DDP remembers the stream that it was made on, and the default one can't be recorded
             self._stream = torch.cuda.Stream(device)
+        self._eager_steps = 11 if parallel == "ddp" else math.inf  # DDP's documentation asks for 11
         self._mesh, self._parallel = mesh, parallel
         share = config.batch // world
         self._rows = slice(self.rank * share, (self.rank + 1) * share)
@@ -112,10 +113,6 @@ class DistributedTraining(Training):
             fully_shard(block, mesh=self._mesh)
         scalars = {model.logit_scale, model.logit_bias}  # it takes none
         return fully_shard(pair_loss, mesh=self._mesh, ignored_params=scalars)
-
-    @property
-    def _eager_steps(self) -> float:
-        return 11 if self._parallel == "ddp" else math.inf  # DDP's documentation asks for 11
 
     def _clip(self) -> None:
         if self._parallel == "ddp":

@@ -111,7 +111,7 @@ class Training:
 
     _rows = slice(None)  # of each batch; of many processes each has some
     # before a CUDA graph is recorded: libraries set themselves up in the first ones
-    _eager_steps = 3
+    _eager_steps: float = 3
     _stream: torch.cuda.Stream | None = None  # that the graph is recorded on; a new one if None
 
     def __init__(

@@ -66,6 +66,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(new):
     assert runs[0].losses == runs[1].losses
     assert same(weights(runs[0]), weights(runs[1]))
     assert not same(weights(runs[0]), weights(runs[2]))  # though the model starts the same
+    assert not torch.equal(runs[0]._draw(0)["draws"], runs[0]._draw(1)["draws"])
     assert len(runs[0].losses) == runs[0].step == 8
 
 
@@ -257,8 +258,8 @@ def test_wrong_settings(wrong, said):
 
 
 def test_what_does_not_fit_is_refused_before_anything_moves(new, emoji, places):
-    with pytest.raises(ValueError, match=f"batch=9999 must be at most {len(places)}, each picture"):
-        new(replace(SMALL, batch=9999))
+    with pytest.raises(ValueError, match=f"must be at most {len(places)}, each picture once"):
+        new(replace(SMALL, batch=len(places) + 1))
     with pytest.raises(ValueError, match="the tokenizer has 1500 pieces"):
         new(sizes=replace(SIZES, vocab_size=1000))
     with pytest.raises(ValueError, match="until=9 must lie in 0 to 8"):

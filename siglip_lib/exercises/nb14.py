@@ -53,17 +53,14 @@ def sent(answer) -> str | None:
         return f"your function returns {found!r}; it must return two numbers"
     ring, gathered = found
     texts, gradients = 2 * 100 * 8, 4 * 100 * 8  # bytes of a block
+    both = texts + gradients
     if not math.isclose(ring, 3 * texts + 4 * gradients):
         mistakes = {
             3 * texts: "that is of the texts alone: their gradients travel too",
-            3
-            * (
-                texts + gradients
-            ): "the gradient begins a step later, and has to come home: how often is it sent?",
-            4 * (texts + gradients): "at the last hop no texts leave: nobody would need them",
-            3 * texts + 4 * texts: "a gradient is in float32, 4 bytes a number",
-            3 * texts
-            + 3 * texts: "a gradient is in float32, and it has to come home: one send more",
+            3 * both: "the gradient starts a hop later and has to come home: how often is it sent?",
+            4 * both: "at the last hop no texts leave: nobody would need them",
+            7 * texts: "a gradient is in float32, 4 bytes a number",
+            6 * texts: "a gradient is in float32, and it has to come home: one send more",
             4 * (3 * texts + 4 * gradients): "that is of all ranks together",
         }
         for value, text in mistakes.items():
@@ -74,7 +71,7 @@ def sent(answer) -> str | None:
         mistakes = {
             3 * texts: "that is the way there; the gradients come back",
             8 * texts: "nobody sends a block to itself: of 4 blocks 3 travel",
-            3 * (texts + gradients): "here the gradients travel in bfloat16",
+            3 * both: "here the gradients travel in bfloat16",
             7 * texts: "the way back takes 3 blocks, as a rank keeps its own",
             24 * texts: "that is of all ranks together",
         }
