@@ -1,6 +1,9 @@
 """Argument checks shared by the components: each names the argument, its value and what is allowed."""
 
 import math
+from collections.abc import Mapping
+
+from torch import Tensor
 
 
 def probability(name: str, value: float) -> float:
@@ -46,3 +49,11 @@ def number(name: str, value: float) -> None:
     """Refuse what is not an int or a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
+
+
+def finite_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors with elements that are NaN or infinite, naming a few; ``where`` begins the message."""
+    bad = [name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
+    if bad:
+        names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise ValueError(f"{where} NaN or infinite elements in {names}")
