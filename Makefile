@@ -18,8 +18,8 @@ lint: $(VENV)/ready
 unit: $(VENV)/ready
 	$(BIN)/pytest --durations=5 tests
 
-notebooks: $(VENV)/ready
-	$(BIN)/pytest $(NBVAL) --durations=0 notebooks
+notebooks: $(VENV)/ready  ## every cell twice in a row, as readers run them, and compared both times
+	$(BIN)/pytest $(NBVAL) --each-twice --durations=0 notebooks
 
 slow: $(VENV)/ready  ## SO400M at full size against timm and transformers: a minute or two, 9 GB of memory, 8 GB of disk
 	$(BIN)/pytest -m slow --durations=0 tests

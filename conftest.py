@@ -1,5 +1,6 @@
 """Make nbval fail once and clearly. The notebooks also pass without this file (--noconftest)."""
 
+import copy
 import queue
 import time
 
@@ -27,6 +28,29 @@ else:
         raise queue.Empty
 
     RunningKernel.await_reply = _await_reply
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--each-twice",
+        action="store_true",
+        help="nbval: run every cell twice in a row, as readers do, and compare both times",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.each_twice:
+        return
+    for place, cell in reversed([*enumerate(items)]):
+        if isinstance(cell, IPyNbCell):
+            again = IPyNbCell.from_parent(
+                cell.parent,
+                name=f"{cell.name} again",
+                cell_num=cell.cell_num,
+                cell=copy.deepcopy(cell.cell),  # comparing changes the outputs
+                options=cell.options,
+            )
+            items.insert(place + 1, again)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 README = Path(__file__).parent.parent / "README.md"
 PICTURE = README.parent / ".github" / "attention.jpg"
-GPU = "NVIDIA H200"  # one kind for all stored outputs, so that figures can be compared
+GPU = re.compile(r"NVIDIA (H[12]00)")  # stored outputs come from one of these
 HEAD = re.compile(r"\*\*Measured:\*\*.*")
 ASK = "import resource as _r; print(_r.getrusage(_r.RUSAGE_SELF).ru_maxrss)"
 
@@ -34,9 +34,9 @@ def main() -> None:
         parser.error(
             "the stored outputs come from a GPU, and torch sees none; --only-figures keeps them"
         )
-    if kind == "gpu" and torch.cuda.get_device_name() != GPU:
+    if kind == "gpu" and not GPU.match(torch.cuda.get_device_name()):
         parser.error(
-            f"the stored outputs come from an {GPU}, this is {torch.cuda.get_device_name()}"
+            f"the stored outputs come from an H100 or H200, this is {torch.cuda.get_device_name()}"
         )
     # 00 shows the figures of the others, so it comes last
     paths = sorted(arguments.notebooks, key=lambda path: path.stem.startswith("00"))
@@ -103,6 +103,12 @@ class LeastFreeGPUMemory:
             self.watcher.join()
 
 
+def gpu_of(notebook: nbformat.NotebookNode) -> str:
+    """The GPU that the stored outputs come from, as the setup cell tells: H100 or H200."""
+    setup = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    return GPU.search(setup.outputs[0]["text"])[1]
+
+
 def write_head(notebook: nbformat.NotebookNode) -> None:
     """Put the measured figures into the notebook's first cell."""
     measured = notebook.metadata["measured"]
@@ -111,7 +117,7 @@ def write_head(notebook: nbformat.NotebookNode) -> None:
         parts.append(f"{cpu['seconds']} s and {cpu['gib']} GiB on two CPU cores")
     if gpu := measured.get("gpu"):
         parts.append(
-            f"{gpu['seconds']} s and {gpu['gib']} GiB of GPU memory on an {GPU.removeprefix('NVIDIA ')}"
+            f"{gpu['seconds']} s and {gpu['gib']} GiB of GPU memory on an {gpu_of(notebook)}"
         )
     head = notebook.cells[0]
     if not HEAD.search(head.source):
