@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_lib.backends import attend, attend_packed, check_backend_name
-from siglip_lib.checks import positive_int, probability
+from siglip_lib.checks import plain_shape, positive_int, probability
 
 
 class Attention(nn.Module):
@@ -46,8 +46,7 @@ class Attention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        positive_int("dim", dim)
-        positive_int("num_heads", num_heads)
+        dim, num_heads = positive_int("dim", dim), positive_int("num_heads", num_heads)
         if dim % num_heads:
             raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
@@ -65,7 +64,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         options = {
             "backend": self.backend,
-            "dropout": self.attn_drop.p if self.training else 0.0,
+            "dropout": _drop_probability(self.attn_drop),
             "deterministic": self.deterministic,
             "scale": self.scale,
         }
@@ -85,8 +84,9 @@ class Attention(nn.Module):
     def _packed(self, x: Tensor) -> Tensor:
         """Project: x (B, N, D) to q, k and v in one tensor (B, N, 3, heads, head_dim)."""
         dim = self.num_heads * self.head_dim
-        if x.ndim != 3 or x.shape[-1] != dim:
-            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, {dim})")
+        shape = plain_shape(x)
+        if len(shape) != 3 or shape[2] != dim:
+            raise ValueError(f"x has shape {shape}; it must be (B, N, {dim})")
         return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,6 +94,17 @@ class Attention(nn.Module):
         q, k, v = self._packed(x).unbind(2)
         # autocast runs a LayerNorm in float32; the product with v needs one dtype
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+
+
+def _drop_probability(attn_drop: nn.Module) -> float:
+    """Return what part of the attention weights ``attn_drop`` would drop, for the backend to drop it."""
+    if isinstance(attn_drop, nn.Dropout):
+        return attn_drop.p if attn_drop.training else 0.0
+    if isinstance(attn_drop, nn.Identity):
+        return 0.0
+    raise TypeError(
+        f"attn_drop is {type(attn_drop).__name__}; it must be nn.Dropout or nn.Identity: the backend drops for it"
+    )
 
 
 def attention_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:

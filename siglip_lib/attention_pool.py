@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from siglip_lib.attention import attention_weights
 from siglip_lib.backends import attend, check_backend_name
-from siglip_lib.checks import finite, positive_int, probability
+from siglip_lib.checks import finite, plain_shape, positive_int, probability
 from siglip_lib.layers import GELU_TANH, Mlp
 from siglip_lib.trunc_normal import trunc_normal_
 
@@ -59,7 +59,7 @@ class AttentionPoolLatent(nn.Module):
     ) -> None:
         super().__init__()
         dim = positive_int("in_features", in_features)
-        positive_int("num_heads", num_heads)
+        num_heads = positive_int("num_heads", num_heads)
         if dim % num_heads:
             raise ValueError(f"in_features={dim} must be a multiple of num_heads={num_heads}")
         for name, value, allowed in (
@@ -71,8 +71,9 @@ class AttentionPoolLatent(nn.Module):
         if pos_embed and feat_size is None:
             raise ValueError("pos_embed='abs' needs feat_size, the number of tokens")
         if feat_size is not None:
-            positive_int("feat_size", feat_size)
-        finite("mlp_ratio", mlp_ratio)
+            feat_size = positive_int("feat_size", feat_size)
+        mlp_ratio = finite("mlp_ratio", mlp_ratio)
+        latent_len = positive_int("latent_len", latent_len)
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.pool_type = pool_type
@@ -81,7 +82,6 @@ class AttentionPoolLatent(nn.Module):
         self.latent_dim = dim if latent_dim is None else positive_int("latent_dim", latent_dim)
 
         self.pos_embed = nn.Parameter(torch.empty(feat_size, dim)) if pos_embed else None
-        positive_int("latent_len", latent_len)
         self.latent = nn.Parameter(torch.empty(1, latent_len, self.latent_dim))
         self.q = nn.Linear(self.latent_dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
@@ -114,12 +114,13 @@ class AttentionPoolLatent(nn.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project and split: x (B, N, D) to q (B, latents, heads, head_dim), k and v (B, N, heads, head_dim)."""
-        width = self.kv.in_features
-        if x.ndim != 3 or x.shape[-1] != width:
-            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, {width})")
+        width, shape = self.num_heads * self.head_dim, plain_shape(x)
+        if len(shape) != 3 or shape[2] != width:
+            raise ValueError(f"x has shape {shape}; it must be (B, N, {width})")
         if self.pos_embed is not None:
-            if len(self.pos_embed) != x.shape[1]:
-                raise ValueError(f"x has {x.shape[1]} tokens; feat_size is {len(self.pos_embed)}")
+            feat_size = plain_shape(self.pos_embed)[0]
+            if feat_size != shape[1]:
+                raise ValueError(f"x has {shape[1]} tokens; feat_size is {feat_size}")
             x = x + self.pos_embed.to(x.dtype)
         q = self.q(self.latent).unflatten(-1, (self.num_heads, self.head_dim))
         q = q.expand(x.shape[0], -1, -1, -1)  # the queries are the same for every picture

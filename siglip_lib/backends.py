@@ -1,11 +1,11 @@
 """Attention backends: which can run here, why the others can't, and one function that calls any of them."""
 
 import ctypes
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from siglip_lib.checks import positive_int, probability
+from siglip_lib.checks import finite, plain_shape, positive_int, probability
+from siglip_lib.observers import has_mode, is_observed, is_transformed
 
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can run, the operator that would, and the reason why none can (empty if one can)."""
+    """Whether a backend can run, the operator that would, and the reason why it can't (empty if it can).
+
+    The operator is not known, and empty, on the meta device and where nothing can be tried.
+    """
 
     name: str
     usable: bool
@@ -42,6 +46,8 @@ class _Case:
     tokens: int
     packed: bool
     large: bool
+    scale: float
+    transformed: bool
 
 
 def attention_backends(
@@ -54,10 +60,14 @@ def attention_backends(
     tokens: int = 16,
     packed: bool = True,
     large: bool = True,
+    scale: float = 1.0,
 ) -> dict[str, BackendStatus]:
     """Tell which attention backends can run, in the order in which ``backend="auto"`` prefers them.
 
-    On a GPU each backend that might run is tried once, forward and backward, on 16 tokens; the answer is remembered.
+    On a GPU each backend that might run is tried, forward and backward, on 16 tokens; that it ran is remembered, that
+    it failed is not. Where a trial would disturb or be disturbed, what nothing speaks against counts as usable: inside
+    a transform of ``torch.func``, a FakeTensorMode or another mode that sees each operator, the export or trace of a
+    model, and the capture of a CUDA graph.
 
     Args:
         device: where q, k and v would be.
@@ -65,15 +75,16 @@ def attention_backends(
         head_dim: channels of a head.
         dropout: dropout of attention weights, in [0, 1).
         deterministic: whether every run must give the same bits, backward pass included.
-        tokens: number of keys; cuDNN refuses a single one, more make no difference.
+        tokens: number of keys; cuDNN refuses a single one, ``triton`` more than 16,384.
         packed: whether q, k and v lie in one tensor, as a qkv layer gives them; ``triton`` needs that.
         large: whether the work is at least ``LARGE`` FLOP, so that the GPU and not Python's launches set the pace, in
             fewer than ``LONG`` tokens.
+        scale: factor of the scores; ``triton`` needs one above 0.
 
     Returns:
         A status for each of ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers`` and ``eager``.
     """
-    case = _case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large)
+    case = _case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale)
     return {name: _status(name, case) for name in _order(case)}
 
 
@@ -86,22 +97,39 @@ def _case(
     tokens: int,
     packed: bool,
     large: bool,
+    scale: float,
 ) -> _Case:
-    positive_int("head_dim", head_dim)
-    probability("dropout", dropout)
+    """Check what was given, and keep of it what decides: each of few cases is tried once."""
+    head_dim, tokens = positive_int("head_dim", head_dim), positive_int("tokens", tokens)
+    dropout = 0.1 if probability("dropout", dropout) else 0.0
+    tokens = _deciding_tokens(tokens)
+    scale = 1.0 if finite("scale", scale) > 0 else 0.0
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype={dtype!r} must be a torch.dtype")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    positive_int("tokens", tokens)
-    dropout, tokens = 0.1 if dropout else 0.0, 1 if tokens == 1 else 16
-    return _Case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large)
+    transformed = is_transformed()
+    return _Case(
+        device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale, transformed
+    )
+
+
+def _deciding_tokens(tokens: int) -> int:
+    """A number that stands for all that make no other difference than this one does."""
+    # an if makes a constant of it where compiled code knows a size by its symbol alone
+    if tokens > TRITON_MAX_TOKENS:
+        return TRITON_MAX_TOKENS + 1
+    return 1 if tokens == 1 else 16
 
 
 def _order(case: _Case) -> list[str]:
     """The names as ``auto`` prefers them. See ``_BACKENDS`` for the figures."""
     first = "triton" if case.large and case.head_dim in _TRITON_FIRST else "cudnn"
+    if (
+        case.transformed
+    ):  # no fused kernel has forward-mode or second derivatives, or takes vmap as it is
+        first = "eager"
     return sorted(_BACKENDS, key=lambda name: name != first)
 
 
@@ -126,35 +154,36 @@ def attend(
             ``xformers``, ``eager``.
         dropout: probability in [0, 1) of dropping an attention weight; applied whenever it is not zero.
         deterministic: the same bits on every run, backward pass included; backends that can't promise it are out.
-        scale: factor of the scores; ``head_dim ** -0.5`` if None.
+        scale: factor of the scores, any finite number; ``head_dim ** -0.5`` if None.
 
     Returns:
         (B, N, heads, head_dim), dtype of q.
 
     Raises:
-        ValueError: a shape is wrong, or the backend asked for cannot run; the message says why.
+        ValueError: a shape or the scale is wrong, or the backend asked for cannot run; the message says why.
         TypeError: q, k and v differ in dtype.
 
     Source: Vaswani et al., Attention Is All You Need (2017), section 3.2.1.
     """
+    shapes = [plain_shape(x) for x in (q, k, v)]
+    of_q, of_k, of_v = shapes
     if (
-        q.ndim != 4
-        or k.ndim != 4
-        or k.shape != v.shape
-        or q.shape[::2] != k.shape[::2]
-        or q.shape[3] != k.shape[3]
+        len(of_q) != 4
+        or len(of_k) != 4
+        or of_k != of_v
+        or of_q[::2] != of_k[::2]
+        or of_q[3] != of_k[3]
     ):
         raise ValueError(
-            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
-            "all must be (B, N, heads, head_dim)"
+            f"q, k, v have shapes {of_q}, {of_k}, {of_v}; all must be (B, N, heads, head_dim)"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be the same"
         )
-    name = _chosen(q, k, backend, dropout, deterministic, _lie_packed(q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
+    scale = finite("scale", of_q[3] ** -0.5 if scale is None else scale)
+    name = _chosen(q, k, backend, dropout, deterministic, scale, _lie_packed(q, k, v))
+    return _run(name, q, k, v, dropout, scale, deterministic)
 
 
 def attend_packed(
@@ -180,37 +209,56 @@ def attend_packed(
         (B, N, heads, head_dim), dtype of qkv.
 
     Raises:
-        ValueError: a shape is wrong, or the backend asked for cannot run; the message says why.
+        ValueError: a shape or the scale is wrong, or the backend asked for cannot run; the message says why.
     """
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (B, N, 3, heads, head_dim)")
+    shape = plain_shape(qkv)
+    if len(shape) != 5 or shape[2] != 3:
+        raise ValueError(f"qkv has shape {shape}; it must be (B, N, 3, heads, head_dim)")
     q, k, v = qkv.unbind(2)
-    name = _chosen(q, k, backend, dropout, deterministic, qkv.is_contiguous())
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    scale = finite("scale", shape[-1] ** -0.5 if scale is None else scale)
+    name = _chosen(q, k, backend, dropout, deterministic, scale, qkv.is_contiguous())
     if name == "triton":
         return _imported["siglip_lib.kernels.flash_attention"].flash_attention(qkv, scale)
-    return _BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
+    return _run(name, q, k, v, dropout, scale, deterministic)
 
 
 def _chosen(
-    q: Tensor, k: Tensor, backend: str, dropout: float, deterministic: bool, packed: bool
+    q: Tensor,
+    k: Tensor,
+    backend: str,
+    dropout: float,
+    deterministic: bool,
+    scale: float,
+    packed: bool,
 ) -> str:
+    # numbers that are constants also in compiled code that knows sizes and floats by symbols
     return choose_backend(
         backend,
         q.device,
         q.dtype,
-        q.shape[-1],
-        probability("dropout", dropout),
+        int(plain_shape(q)[3]),
+        0.1 if probability("dropout", dropout) else 0.0,
         deterministic,
-        tokens=1 if k.shape[1] == 1 else 16,
+        tokens=_deciding_tokens(plain_shape(k)[1]),
         packed=packed,
         large=_is_large(q),
+        scale=1.0 if scale > 0 else 0.0,
     )
+
+
+def _run(
+    name: str, q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float, deterministic: bool
+) -> Tensor:
+    if scale <= 0:  # the kernels look for the largest score before they scale it
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    return _BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
 
 
 def _lie_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether q, k and v are the three parts of one contiguous (B, N, 3, heads, head_dim)."""
     if not q.is_cuda or torch.compiler.is_compiling() or not q.shape == k.shape == v.shape:
+        return False
+    if type(q) is not Tensor or is_transformed():  # has no address
         return False
     _, tokens, heads, dim = q.shape
     strides = (tokens * 3 * heads * dim, 3 * heads * dim, dim, 1)
@@ -223,8 +271,7 @@ def _lie_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _is_large(q: Tensor) -> bool:
-    batch, tokens, heads, dim = q.shape
-    # an if makes a constant of it where compiled code knows a size by its symbol alone
+    batch, tokens, heads, dim = plain_shape(q)
     if 4 * batch * heads * tokens * tokens * dim >= LARGE and tokens < LONG:
         return q.is_cuda
     return False
@@ -241,22 +288,29 @@ def choose_backend(
     tokens: int = 16,
     packed: bool = True,
     large: bool = True,
+    scale: float = 1.0,
 ) -> str:
-    """Return the name of the backend that will run; a forced one that cannot is a ValueError that says why."""
+    """Return the name of the backend that will run; a forced one that cannot is a ValueError that says why.
+
+    The arguments are those of ``attention_backends``.
+    """
     check_backend_name(backend)
-    case = _case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large)
+    case = _case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale)
+    if name := _runs.get((backend, case)):
+        return name
     if backend == "auto":
         # none after the first usable one is tried, or its package imported
         for name in _order(case):
-            if _status(name, case).usable:
+            if _why_not(name, case) is None:
+                if (name, case) in _runs:
+                    _runs["auto", case] = name
                 return name
-        reason = _status("eager", case).reason
+        reason = _why_not("eager", case)
         raise ValueError(f"no backend can run on {device} in {dtype}: eager says {reason}")
-    if not _status(backend, case).usable:
-        found = {name: _status(name, case) for name in _order(case)}
-        usable = ", ".join(status.name for status in found.values() if status.usable)
+    if reason := _why_not(backend, case):
+        usable = ["auto", *(name for name in _order(case) if _why_not(name, case) is None)]
         raise ValueError(
-            f"backend={backend!r} cannot run here: {found[backend].reason}. Usable: auto, {usable}"
+            f"backend={backend!r} cannot run here: {reason}. Usable: {', '.join(usable)}"
         )
     return backend
 
@@ -332,6 +386,14 @@ def _needs_cuda(case: _Case) -> str | None:
     return None
 
 
+def _needs_floats(case: _Case) -> str | None:
+    if case.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"needs a dtype of floating point, 16 to 64 bits, not {str(case.dtype).removeprefix('torch.')}"
+    if case.device.type == "cuda" and not has_mode():  # FakeTensorMode has tensors of any device
+        return _needs_cuda(case)
+    return None
+
+
 def _needs_half(case: _Case) -> str | None:
     if case.dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16, not {str(case.dtype).removeprefix('torch.')}"
@@ -344,18 +406,22 @@ def _needs_ampere(case: _Case) -> str | None:
     return None
 
 
-def _no_reason(case: _Case) -> str | None:
+def _needs_plain_autograd(case: _Case) -> str | None:
+    if case.transformed:
+        return "its operator can't be transformed by torch.func"
     return None
 
 
 def _why_not_sdpa(case: _Case) -> str | None:
+    if reason := _needs_floats(case):
+        return reason
     if case.deterministic and case.device.type != "cpu":
         return "its kernels add gradients in an order that varies; eager, triton and flash_attn are deterministic"
     return None
 
 
 def _why_not_cudnn(case: _Case) -> str | None:
-    if reason := _needs_cuda(case) or _needs_half(case):
+    if reason := _needs_cuda(case) or _needs_half(case) or _needs_ampere(case):
         return reason
     if case.deterministic:
         return "torch gives no way to ask cuDNN for a deterministic backward pass"
@@ -369,13 +435,24 @@ def _why_not_triton(case: _Case) -> str | None:
         return "the package triton is not installed"
     if reason := _needs_cuda(case) or _needs_half(case) or _needs_ampere(case):
         return reason
-    if case.head_dim not in TRITON_HEAD_DIMS:
-        allowed = ", ".join(map(str, TRITON_HEAD_DIMS))
-        return f"needs a head_dim of {allowed}, not {case.head_dim}"
+    if reason := why_not_our_kernel(case.head_dim, case.tokens, case.scale):
+        return reason
     if case.dropout:
         return "has no dropout"
     if not case.packed:
         return "needs q, k and v in one tensor, as a qkv layer gives them"
+    return _needs_plain_autograd(case)
+
+
+def why_not_our_kernel(head_dim: int, tokens: int, scale: float) -> str | None:
+    """Why the Triton kernel does not take these, None if it does. The kernel asks the same."""
+    if head_dim not in TRITON_HEAD_DIMS:
+        allowed = ", ".join(map(str, TRITON_HEAD_DIMS))
+        return f"needs a head_dim of {allowed}, not {head_dim}"
+    if tokens > TRITON_MAX_TOKENS:
+        return f"needs at most {TRITON_MAX_TOKENS:,} tokens"
+    if scale <= 0:
+        return "needs a scale above 0"
     return None
 
 
@@ -386,7 +463,7 @@ def _why_not_flash_attn(case: _Case) -> str | None:
         return reason
     if case.head_dim % 8 or case.head_dim > 256:
         return f"needs a head_dim that is a multiple of 8 up to 256, not {case.head_dim}"
-    return None
+    return _needs_plain_autograd(case)
 
 
 def _why_not_xformers(case: _Case) -> str | None:
@@ -396,31 +473,41 @@ def _why_not_xformers(case: _Case) -> str | None:
         return reason
     if case.deterministic:
         return "it offers no deterministic backward pass"
-    return None
+    return _needs_plain_autograd(case)
 
 
 # --- the operators: what would run, as text ---
 
 
-def _sdpa_operator(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
-    choice = torch._fused_sdp_choice(*(x.transpose(1, 2) for x in (q, k, v)), dropout_p=dropout)
+def _sdpa_operator(case: _Case) -> str:
+    q, k, v = (x.transpose(1, 2) for x in _sample(case).unbind(2))
+    choice = torch._fused_sdp_choice(q, k, v, dropout_p=case.dropout)
     return "torch " + SDPBackend(choice).name.lower()
 
 
-def _xformers_operator(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
+def _xformers_operator(case: _Case) -> str:
     fmha = _imported["xformers.ops"].fmha
-    return fmha.dispatch._dispatch_fw(fmha.Inputs(q, k, v, p=dropout), needs_gradient=True).NAME
+    inputs = fmha.Inputs(*_sample(case).unbind(2), p=case.dropout)
+    return fmha.dispatch._dispatch_fw(inputs, needs_gradient=True).NAME
+
+
+def _sample(case: _Case) -> Tensor:
+    """A small qkv (1, N, 3, 1, head_dim) to try a backend on."""
+    shape = (1, min(case.tokens, 16), 3, 1, case.head_dim)
+    return torch.ones(shape, dtype=case.dtype, device=case.device, requires_grad=True)
 
 
 @dataclass(frozen=True)
 class _Backend:
     run: Callable[[Tensor, Tensor, Tensor, float, float, bool], Tensor]
     why_not: Callable[[_Case], str | None]
-    operator: Callable[[Tensor, Tensor, Tensor, float], str]
+    operator: Callable[[_Case], str]
     package: str = ""  # what to import before the first run
+    sure: tuple[str, ...] = ("meta",)  # devices on which it runs if nothing speaks against it
 
 
 TRITON_HEAD_DIMS = (64, 72, 80, 96, 128)
+TRITON_MAX_TOKENS = 16_384
 # On an H200 triton is ahead of cuDNN at 64 times 729 tokens and these head_dims, by 0 to 8 % forward and 9 to 13 % with
 # backward; from 1024 tokens on it is up to 6 % behind forward, and small work waits for Python to launch it.
 LARGE = 40e9  # FLOP forward, a quarter of what one layer of SO400M takes for 64 pictures
@@ -445,35 +532,69 @@ _BACKENDS = {
         lambda *_: f"flash-attn {importlib.metadata.version('flash-attn')}",
         package="flash_attn",
     ),
-    "sdpa": _Backend(_sdpa, _why_not_sdpa, _sdpa_operator),
+    "sdpa": _Backend(_sdpa, _why_not_sdpa, _sdpa_operator, sure=("meta", "cpu")),
     "xformers": _Backend(_xformers, _why_not_xformers, _xformers_operator, package="xformers.ops"),
-    "eager": _Backend(_eager, _no_reason, lambda *_: "matmul, softmax, matmul"),
+    "eager": _Backend(
+        _eager, _needs_floats, lambda *_: "matmul, softmax, matmul", sure=("meta", "cpu", "cuda")
+    ),
 }
 
-# The packages of the backends that were tried. They are looked up here and not imported where they
+# The packages of the backends that may run. They are looked up here and not imported where they
 # run: a compiled model can trace a look-up, but no import.
 _imported: dict[str, ModuleType] = {}
 
+# What has been found out: (backend that was asked for, case) to the one that runs. Nothing is remembered of what can't:
+# what a trial met may be gone the next time.
+_runs: dict[tuple[str, _Case], str] = {}
+_trial = threading.RLock()  # it swaps the warnings' filters, which all threads share
 
-@functools.cache
+
 def _status(name: str, case: _Case) -> BackendStatus:
-    backend = _BACKENDS[name]
-    reason = backend.why_not(case)
-    if reason is not None:
+    if reason := _why_not(name, case):
         return BackendStatus(name, False, "", reason)
-    if case.device.type == "meta":
-        return BackendStatus(name, True, "", "")
+    known = case.device.type != "meta" and not is_observed()
+    return BackendStatus(name, True, _BACKENDS[name].operator(case) if known else "", "")
+
+
+def _why_not(name: str, case: _Case) -> str | None:
+    """Why the backend can't run, None if it can or if nothing is known against it; what ran is remembered."""
+    if (name, case) in _runs:
+        return None
+    backend = _BACKENDS[name]
+    if reason := backend.why_not(case):
+        return reason
+    if case.device.type not in backend.sure:
+        with _trial:
+            if (name, case) in _runs:  # another thread was first
+                return None
+            if reason := _failure(backend, case):
+                return reason
+    if not is_observed():
+        _runs[name, case] = name
+    return None
+
+
+def _failure(backend: _Backend, case: _Case) -> str | None:
+    """Import the backend's package and, if that is possible now, try it: what it died of, None if it ran."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")  # torch tells in warnings why it turns a kernel down
         try:
-            operator = _try(backend, case)
-        except torch.OutOfMemoryError:
-            raise  # says nothing of the backend, and must not be remembered
+            if backend.package:
+                _imported[backend.package] = _import_quietly(backend.package)
+            if not is_observed():
+                _try(backend, case)
         except Exception as error:  # whatever a library raises for a case is its reason
-            return BackendStatus(
-                name, False, "", _shortest_reason(error, [str(w.message) for w in said])
-            )
-    return BackendStatus(name, True, operator, "")
+            if _is_for_want_of_memory(error):
+                raise  # says nothing of the backend
+            return _shortest_reason(error, [str(w.message) for w in said])
+    return None
+
+
+def _is_for_want_of_memory(error: Exception) -> bool:
+    # not every library raises the first two
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        text in str(error).lower() for text in ("out of memory", "alloc_failed")
+    )
 
 
 def _shortest_reason(error: Exception, said: list[str]) -> str:
@@ -489,12 +610,9 @@ def _shortest_reason(error: Exception, said: list[str]) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _try(backend: _Backend, case: _Case) -> str:
-    """Run the backend on 16 tokens, forward and backward, and return the name of its operator."""
-    if backend.package:
-        _imported[backend.package] = _import_quietly(backend.package)
+def _try(backend: _Backend, case: _Case) -> None:
+    """Run the backend on 16 tokens, forward and backward."""
     devices = [case.device] if case.device.type == "cuda" else []
-    grad = case.dtype.is_floating_point
     with (
         torch.random.fork_rng(devices),
         torch.inference_mode(False),
@@ -503,11 +621,8 @@ def _try(backend: _Backend, case: _Case) -> str:
         # hides the trial from a checkpoint around it, which would count its tensors as its own
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
     ):
-        shape = (1, case.tokens, 3, 1, case.head_dim)
-        qkv = torch.ones(shape, dtype=case.dtype, device=case.device, requires_grad=grad)
-        q, k, v = qkv.unbind(2)
+        q, k, v = _sample(case).unbind(2)
         backend.run(q, k, v, case.dropout, 1.0, case.deterministic).sum().backward()
-        return backend.operator(q, k, v, case.dropout)
 
 
 def _import_quietly(name: str) -> ModuleType:

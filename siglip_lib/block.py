@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from siglip_lib.attention import Attention
-from siglip_lib.checks import finite
+from siglip_lib.checks import finite, positive_int
 from siglip_lib.layers import DropPath, LayerScale, Mlp
 from siglip_lib.measure import has_triton
+from siglip_lib.observers import is_plain, takes_kernel
 
 _LARGE = 2**22  # numbers: below, Python takes longer to launch a kernel than the GPU to run it
 
@@ -54,7 +55,7 @@ class Block(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        finite("mlp_ratio", mlp_ratio)
+        dim, mlp_ratio = positive_int("dim", dim), finite("mlp_ratio", mlp_ratio)
 
         def scale() -> nn.Module:
             return nn.Identity() if init_values is None else LayerScale(dim, init_values)
@@ -97,12 +98,10 @@ def _add(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> T
 
 def _can_fuse(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> bool:
     """Whether the kernel does the same, and has something to do: a plain addition is one pass already."""
-    if not x.is_cuda or torch.compiler.is_compiling():  # compiled code fuses by itself
+    if not takes_kernel(x, branch):  # compiled code fuses by itself
         return False
-    if type(scale) not in (LayerScale, nn.Identity) or type(drop_path) is not DropPath:
+    if not is_plain(scale, LayerScale, nn.Identity) or not is_plain(drop_path, DropPath):
         return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (scale, drop_path)):
-        return False  # somebody looks at what goes in or comes out
     factors = [scale.gamma] if isinstance(scale, LayerScale) else []
     drops = drop_path.training and drop_path.drop_prob > 0
     return (

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -20,12 +22,12 @@ def positive_int(name: str, value: int) -> int:
 
 
 def count(name: str, value: int, least: int = 0) -> int:
-    """Return ``value`` if it is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Return ``value`` if it is an integer, Python's or NumPy's, of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}={value!r} must be an int, not {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}={value!r} must be at least {least}")
-    return value
+    return int(value)
 
 
 def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -34,21 +36,34 @@ def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
         if len(value) != 2:
             raise ValueError(f"{name}={value!r} must be one int or two: height and width")
         return positive_int(name, value[0]), positive_int(name, value[1])
-    return positive_int(name, value), value
+    return (positive_int(name, value),) * 2
 
 
 def finite(name: str, value: float) -> float:
     """Return ``value`` if it is a finite number."""
-    number(name, value)
-    if not math.isfinite(value):
+    value = number(name, value)
+    if not -math.inf < value < math.inf:  # compiled code can trace this
         raise ValueError(f"{name}={value!r} must be finite")
+    return value
+
+
+def number(name: str, value: float) -> float:
+    """Return ``value`` if it is a number, Python's or NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
     return float(value)
 
 
-def number(name: str, value: float) -> None:
-    """Refuse what is not an int or a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
+def plain_shape(x: Tensor) -> tuple[int, ...]:
+    """Return the shape of ``x`` in integers, also under ``torch.jit.trace``, which makes tensors of sizes."""
+    if not torch.jit.is_tracing():
+        return tuple(x.shape)
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return tuple(x.shape)
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def finite_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:

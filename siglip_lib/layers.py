@@ -94,8 +94,8 @@ class Mlp(nn.Module):
         out_features: channels of the output; D if None.
         act_layer: class of the activation. SigLIP's is GELU in its tanh approximation.
         norm_layer: class of a normalisation before ``fc2``; none if None.
-        bias: whether the linear layers have biases.
-        drop: dropout probability after each layer, in [0, 1).
+        bias: whether the linear layers have biases; a pair for ``fc1`` and ``fc2``, or one for both.
+        drop: dropout probability after each layer, in [0, 1); a pair or one for both.
 
     Shapes: x (..., in_features) to (..., out_features).
 
@@ -109,27 +109,37 @@ class Mlp(nn.Module):
         out_features: int | None = None,
         act_layer: type[nn.Module] = nn.GELU,
         norm_layer: type[nn.Module] | None = None,
-        bias: bool = True,
-        drop: float = 0.0,
+        bias: bool | tuple[bool, bool] = True,
+        drop: float | tuple[float, float] = 0.0,
     ) -> None:
         super().__init__()
-        positive_int("in_features", in_features)
+        in_features = positive_int("in_features", in_features)
         hidden = (
             in_features
             if hidden_features is None
             else positive_int("hidden_features", hidden_features)
         )
         out = in_features if out_features is None else positive_int("out_features", out_features)
-        probability("drop", drop)
-        self.fc1 = nn.Linear(in_features, hidden, bias=bias)
+        bias1, bias2 = _for_both("bias", bias)
+        drop1, drop2 = (probability("drop", p) for p in _for_both("drop", drop))
+        self.fc1 = nn.Linear(in_features, hidden, bias=bias1)
         self.act = act_layer()
-        self.drop1 = nn.Dropout(drop)
+        self.drop1 = nn.Dropout(drop1)
         self.norm = norm_layer(hidden) if norm_layer is not None else nn.Identity()
-        self.fc2 = nn.Linear(hidden, out, bias=bias)
-        self.drop2 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, out, bias=bias2)
+        self.drop2 = nn.Dropout(drop2)
 
     def forward(self, x: Tensor) -> Tensor:
         fused = can_fuse_linear_gelu(self.fc1, self.act, x)
         x = fused_linear_gelu(self.fc1, x) if fused else self.act(self.fc1(x))  # (..., hidden)
         x = self.drop1(x)
         return self.drop2(self.fc2(self.norm(x)))  # (..., out)
+
+
+def _for_both(name: str, value: object) -> tuple[object, object]:
+    """Return a pair as it is, and anything else twice: for the first and the second layer."""
+    if not isinstance(value, (tuple, list)):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"{name}={value!r} must be one value or two: of fc1 and of fc2")
+    return tuple(value)

@@ -7,7 +7,8 @@ it takes 59 us. Compiled code needs it as an operator of its own: torch.compile 
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from siglip_lib.observers import has_mode, is_plain, is_transformed
 
 torch.library.define("siglip_lib::linear_gelu", "(Tensor x, Tensor weight, Tensor bias) -> Tensor")
 
@@ -16,12 +17,14 @@ def can_fuse_linear_gelu(linear: nn.Module, act: nn.Module, x: Tensor) -> bool:
     """Whether ``act(linear(x))`` may run as one kernel: in half precision on a GPU, with no gradient recorded."""
     if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
         return False
-    if not _is_plain(linear) or linear.weight.dtype != x.dtype or _has_hooks(act):
+    if not is_plain(linear, nn.Linear) or linear.bias is None or linear.weight.dtype != x.dtype:
         return False
-    if type(act) is not nn.GELU or act.approximate != "tanh" or torch.is_autocast_enabled("cuda"):
+    if not is_plain(act, nn.GELU) or act.approximate != "tanh":
         return False
-    if not torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None:
-        return False  # somebody counts operators, and knows the two but not the one
+    if torch.is_autocast_enabled("cuda"):
+        return False
+    if not torch.compiler.is_compiling() and (has_mode() or is_transformed()):
+        return False  # somebody counts or transforms operators, and knows the two but not the one
     needed = x.requires_grad or linear.weight.requires_grad or linear.bias.requires_grad
     return not (torch.is_grad_enabled() and needed)
 
@@ -30,15 +33,6 @@ def fused_linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
     """Return the tanh GELU of ``linear(x)``: x (..., D) to (..., H), float16 or bfloat16, on a GPU."""
     out = torch.ops.siglip_lib.linear_gelu(x.flatten(0, -2), linear.weight, linear.bias)
     return out.unflatten(0, x.shape[:-1])
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    return type(linear) is nn.Linear and linear.bias is not None and not _has_hooks(linear)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at what goes in or comes out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @torch.library.impl("siglip_lib::linear_gelu", "CUDA")

@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from siglip_lib.checks import positive_int
 from siglip_lib.measure import has_triton
+from siglip_lib.observers import takes_kernel
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHUNK = 4096  # blocks of 8192 take half the time on an H200 and three times the memory
@@ -219,7 +220,8 @@ def sigmoid_loss_block(
 
 def _in_one_pass(dots: Tensor) -> bool:
     """Whether the kernel runs: on a GPU, where a block is so large that each pass over it goes to memory."""
-    return dots.is_cuda and dots.dtype == torch.float32 and dots.numel() >= _LARGE and has_triton()
+    large = dots.dtype == torch.float32 and dots.numel() >= _LARGE
+    return large and takes_kernel(dots) and has_triton()
 
 
 def _pair_losses(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from siglip_lib.checks import finite, number
 from siglip_lib.measure import has_triton
+from siglip_lib.observers import takes_kernel
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SQRT2 = math.sqrt(2.0)
@@ -58,7 +59,8 @@ def trunc_normal_(
         raise TypeError(
             f"tensor is {found}; allowed are tensors of float16, bfloat16, float32 and float64"
         )
-    mean, std, alpha, beta = check_interval(mean, std, a, b)
+    mean, std, a, b = check_interval(mean, std, a, b)
+    alpha, beta = (a - mean) / std, (b - mean) / std
     span = (b - a) / std
     if max(alpha, -beta) > 1e8:
         raise ValueError(
@@ -95,10 +97,9 @@ def trunc_normal_(
 def _has_kernel(tensor: Tensor) -> bool:
     """Whether the Triton kernel takes the tensor: it does in one pass what the steps below do in four."""
     return (
-        tensor.is_cuda
+        takes_kernel(tensor)
         and tensor.dtype != torch.float64
         and has_triton()
-        and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()  # a graph would repeat one seed's draws
     )
 
@@ -124,15 +125,13 @@ def _draw_by_kernel_(
 def check_interval(
     mean: float, std: float, a: float, b: float
 ) -> tuple[float, float, float, float]:
-    """Return mean, std, and the bounds in standard deviations from the mean; refuse what is out of range."""
-    mean, std = finite("mean", mean), finite("std", std)
+    """Return the four as plain floats; refuse what is out of range."""
+    mean, std, a, b = finite("mean", mean), finite("std", std), number("a", a), number("b", b)
     if not 0 < std < 1e30:
         raise ValueError(f"std={std!r} must be positive, and below 1e30")
-    for name, bound in (("a", a), ("b", b)):
-        number(name, bound)
     if not a < b:
         raise ValueError(f"a={a!r} must be less than b={b!r}")
-    return mean, std, (a - mean) / std, (b - mean) / std
+    return mean, std, a, b
 
 
 def _draw_centre_(

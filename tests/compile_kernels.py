@@ -19,8 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from siglip_lib.backends import TRITON_HEAD_DIMS as HEAD_DIMS
 from siglip_lib.kernels import flash_attention as module
-from siglip_lib.kernels.flash_attention import BLOCKS, HEAD_DIMS
+from siglip_lib.kernels.flash_attention import BLOCKS
 
 KERNELS = {
     "forward": module._forward_kernel,

@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
+from siglip_lib.backends import TRITON_HEAD_DIMS as HEAD_DIMS
+from siglip_lib.backends import TRITON_MAX_TOKENS as MAX_TOKENS
 from siglip_lib.kernels import flash_attention as module
-from siglip_lib.kernels.flash_attention import HEAD_DIMS, MAX_TOKENS, flash_attention
+from siglip_lib.kernels.flash_attention import flash_attention
 
 
 def draw(batch, tokens, heads, dim, device, dtype=None, size=1.0):
@@ -159,8 +161,15 @@ def test_flop_counters_see_it(device):
         ((1, 4, 2, 1, 64), "must be (B, N, 3, heads, head_dim)"),
         ((1, 4, 3, 64), "must be (B, N, 3, heads, head_dim)"),
         ((1, 0, 3, 1, 64), "none of them 0"),
-        ((1, 4, 3, 1, 60), "head_dim=60 is not offered; 64, 72, 80, 96, 128 are"),
-        ((1, MAX_TOKENS + 1, 3, 1, 64), "N=16385 is above 16384; attend(backend='sdpa')"),
+        ((1, 4, 3, 1, 60), "head_dim=60, N=4, scale=0.12"),
+        (
+            (1, 4, 3, 1, 60),
+            "the kernel needs a head_dim of 64, 72, 80, 96, 128, not 60; attend() takes",
+        ),
+        (
+            (1, MAX_TOKENS + 1, 3, 1, 64),
+            "N=16385, scale=0.125: the kernel needs at most 16,384 tokens",
+        ),
     ],
 )
 def test_shapes_that_are_not_offered(shape, said, device):
@@ -176,8 +185,9 @@ def test_strides_dtypes_devices_and_scales_that_are_not_offered(device, monkeypa
         flash_attention(qkv.double())
     with pytest.raises(ValueError, match="scale=nan"):
         flash_attention(qkv, math.nan)
-    with pytest.raises(ValueError, match=r"scale=0\.0 must be above 0"):
-        flash_attention(qkv, 0)
+    for scale in (0, -0.125):
+        with pytest.raises(ValueError, match=rf"scale={scale}.*: the kernel needs a scale above 0"):
+            flash_attention(qkv, scale)
     with pytest.raises(ValueError, match="qkv is on meta; it must be on a CUDA device"):
         flash_attention(qkv.to("meta"))
     monkeypatch.setattr(module, "_INTERPRETED", False)

@@ -361,7 +361,7 @@ def test_recomputes_as_many_blocks_as_it_says(layers):
 
 
 def test_the_first_thing_of_a_process_may_be_recomputed():
-    backends._status.cache_clear()  # the trial of the backends then runs inside the checkpoint
+    backends._runs.clear()  # the trial of the backends then runs inside the checkpoint
     assert training_step(small(num_recomputing_layers=2), pictures())[1] == [2, 2]
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from siglip_lib import measure
+from siglip_lib.backends import TRITON_HEAD_DIMS as HEAD_DIMS
 from siglip_lib.kernels import flash_attention as module
-from siglip_lib.kernels.flash_attention import BLOCKS, HEAD_DIMS, Blocks, flash_attention
+from siglip_lib.kernels.flash_attention import BLOCKS, Blocks, flash_attention
 
 SIZES = ((64, 729), (64, 256), (8, 729), (1, 729), (1, 256))  # batch, tokens; 16 heads
 HEADS = 16

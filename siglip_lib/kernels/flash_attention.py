@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from siglip_lib.backends import TRITON_HEAD_DIMS as HEAD_DIMS
+from siglip_lib.backends import why_not_our_kernel
 from siglip_lib.checks import finite
 
-MAX_TOKENS = 16_384
 _LOG2_E = math.log2(math.e)
 _ROWS = 128  # what lse and delta are padded to: no block is larger, so none reads past their end
 
@@ -95,9 +94,11 @@ def flash_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
         ValueError: a shape, strides, a device or a scale that is not offered; the message says what to use instead.
     """
     _check(qkv)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else finite("scale", scale)
-    if scale <= 0:
-        raise ValueError(f"scale={scale} must be above 0; attend(backend='sdpa') takes any")
+    scale = finite("scale", qkv.shape[-1] ** -0.5 if scale is None else scale)
+    _, tokens, _, _, dim = qkv.shape
+    if reason := why_not_our_kernel(dim, tokens, scale):
+        given = f"head_dim={dim}, N={tokens}, scale={scale}"
+        raise ValueError(f"{given}: the kernel {reason}; attend() takes another backend then")
     return torch.ops.siglip_lib.flash_attention(qkv, scale)[0]
 
 
@@ -539,12 +540,6 @@ def _check(qkv: Tensor) -> None:
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}; it must be (B, N, 3, heads, head_dim), none of them 0"
         )
-    tokens, dim = qkv.shape[1], qkv.shape[-1]
-    if dim not in HEAD_DIMS:
-        allowed = ", ".join(map(str, HEAD_DIMS))
-        raise ValueError(f"head_dim={dim} is not offered; {allowed} are, or attend(backend='sdpa')")
-    if tokens > MAX_TOKENS:
-        raise ValueError(f"N={tokens} is above {MAX_TOKENS}; attend(backend='sdpa') takes more")
     if not qkv.is_contiguous():
         raise ValueError(f"qkv has strides {qkv.stride()}; it must be contiguous: qkv.contiguous()")
     if qkv.device.type == "cuda":

@@ -58,7 +58,7 @@ def fused_residual(
     Source: LayerScale, Touvron et al. (2021), section 2; stochastic depth, Huang et al. (2016), section 3.
     """
     _check(x, branch, gamma, keep, keep_prob)
-    scale = 1 / keep_prob
+    scale = 1 / float(keep_prob)
     learned = [t for t in (x, branch, gamma) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
         return _FusedResidual.apply(x, branch, gamma, keep, scale)

@@ -79,13 +79,15 @@ def trunc_normal_philox_(
             f"tensor is {found}; allowed are tensors of float16, bfloat16 and float32;"
             " for float64 use siglip_lib.trunc_normal_"
         )
-    mean, std, alpha, beta = check_interval(mean, std, a, b)
+    mean, std, a, b = check_interval(mean, std, a, b)
+    alpha, beta = (a - mean) / std, (b - mean) / std
     if alpha >= 1 or beta <= -1:
         raise ValueError(
             f"a={a!r} and b={b!r} lie to one side of mean={mean!r}, a std={std!r} or more away;"
             " use siglip_lib.trunc_normal_"
         )
-    if count("seed", seed) >= 2**63:
+    seed = count("seed", seed)
+    if seed >= 2**63:
         raise ValueError(f"seed={seed!r} must be less than 2**63")
     low, high = inner_bounds(a, b, tensor.dtype)
     if tensor.is_meta or tensor.numel() == 0:
