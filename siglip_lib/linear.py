@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from siglip_lib.observers import has_mode, is_plain, is_transformed
+from siglip_lib.operators import operators_of
 
-torch.library.define("siglip_lib::linear_gelu", "(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+_OPERATORS = operators_of(__name__)
+torch.library.define(
+    "siglip_lib::linear_gelu", "(Tensor x, Tensor weight, Tensor bias) -> Tensor", lib=_OPERATORS
+)
 
 
 def can_fuse_linear_gelu(linear: nn.Module, act: nn.Module, x: Tensor) -> bool:
@@ -35,12 +39,12 @@ def fused_linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
     return out.unflatten(0, x.shape[:-1])
 
 
-@torch.library.impl("siglip_lib::linear_gelu", "CUDA")
+@torch.library.impl("siglip_lib::linear_gelu", "CUDA", lib=_OPERATORS)
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # on CUDA this GELU is the tanh one; the rounding of what goes into it to half precision is left out
     return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
 
 
-@torch.library.register_fake("siglip_lib::linear_gelu")
+@torch.library.register_fake("siglip_lib::linear_gelu", lib=_OPERATORS)
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from siglip_lib.checks import positive_int
 from siglip_lib.measure import has_triton
 from siglip_lib.observers import takes_kernel
+from siglip_lib.operators import operators_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHUNK = 4096  # blocks of 8192 take half the time on an H200 and three times the memory
@@ -39,8 +40,8 @@ def sigmoid_loss(
     Args:
         image: image vectors (B, D), of length 1 in SigLIP; float16, bfloat16, float32 or float64.
         text: text vectors (M, D) of the same dtype; without ids M is B.
-        logit_scale: log of the temperature t, shape (), one of the four dtypes. SigLIP starts at log(10).
-        logit_bias: shape (), one of the four dtypes. SigLIP starts at -10.
+        logit_scale: log of the temperature t, shape () or (1,), one of the four dtypes. SigLIP starts at log(10).
+        logit_bias: shape () or (1,), one of the four dtypes. SigLIP starts at -10.
         image_ids: integers (B,). A pair belongs together where its two ids are equal, so an image may have several
             texts or none, and a text several images. Without ids image i belongs to text i alone.
         text_ids: integers (M,).
@@ -60,7 +61,7 @@ def sigmoid_loss(
     """
     check_arguments(image, text, logit_scale, logit_bias, image_ids, text_ids)
     chunk = _CHUNK if chunk is None else positive_int("chunk", chunk)
-    learned = (image, text, logit_scale, logit_bias)
+    learned = (image, text, logit_scale.reshape(()), logit_bias.reshape(()))
     with torch.autocast(image.device.type, enabled=False):
         if torch.is_grad_enabled() and any(x.requires_grad for x in learned):
             return SigmoidLoss.apply(*learned, image_ids, text_ids, chunk)
@@ -77,7 +78,7 @@ def softmax_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     Args:
         image: image vectors (B, D), of length 1 in CLIP; float16, bfloat16, float32 or float64.
         text: text vectors (B, D) of the same dtype.
-        logit_scale: log of the temperature, shape (), one of the four dtypes.
+        logit_scale: log of the temperature, shape () or (1,), one of the four dtypes.
 
     Returns:
         The loss, shape (), in float32, or float64 if the vectors are; so are the logits, also under autocast.
@@ -90,7 +91,9 @@ def softmax_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """
     _check_vectors(image, text)
     _check_scalar("logit_scale", logit_scale, image)
-    _check_ids(None, None, image, text)
+    if len(text) != len(image):
+        raise ValueError(f"text has {len(text)} rows; it must have {len(image)}, as image has")
+    logit_scale = logit_scale.reshape(())
     wide = wide_dtype(image)
     with torch.autocast(image.device.type, enabled=False):
         logits = logit_scale.to(wide).exp() * (image.to(wide) @ text.to(wide).t())  # (B, B)
@@ -269,15 +272,19 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+_OPERATORS = operators_of(__name__)
 torch.library.define(
     "siglip_lib::sigmoid_loss",
     "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, Tensor? text_ids,"
     " int chunk, bool with_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lib=_OPERATORS,
 )
-torch.library.impl("siglip_lib::sigmoid_loss", ("CPU", "CUDA"), _loss_and_gradients_by_blocks)
+torch.library.impl(
+    "siglip_lib::sigmoid_loss", ("CPU", "CUDA"), _loss_and_gradients_by_blocks, lib=_OPERATORS
+)
 
 
-@torch.library.register_fake("siglip_lib::sigmoid_loss")
+@torch.library.register_fake("siglip_lib::sigmoid_loss", lib=_OPERATORS)
 def _(image, text, logit_scale, logit_bias, image_ids, text_ids, chunk, with_gradients):
     shapes = ((), image.shape, text.shape, (), ()) if with_gradients else ((),) * 5
     return tuple(image.new_empty(shape, dtype=wide_dtype(image)) for shape in shapes)
@@ -314,8 +321,8 @@ def _check_vectors(image: Tensor, text: Tensor) -> None:
 
 def _check_scalar(name: str, value: Tensor, image: Tensor) -> None:
     _check_float_tensor(name, value)
-    if value.ndim:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be ()")
+    if value.shape not in ((), (1,)):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be () or (1,)")
     _check_device(name, value, image)
 
 

@@ -71,6 +71,7 @@ def ring_sigmoid_loss(
     learned = (image, text, logit_scale, logit_bias)
     _check_all_ranks(*learned, image_ids, text_ids, chunk, group)
     chunk = None if chunk is None else int(chunk)
+    learned = (image, text, logit_scale.reshape(()), logit_bias.reshape(()))
     with torch.autocast(image.device.type, enabled=False):
         if _recorded(learned):
             return _RingSigmoidLoss.apply(*learned, image_ids, text_ids, chunk, group)

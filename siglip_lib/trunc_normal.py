@@ -126,12 +126,13 @@ def check_interval(
     mean: float, std: float, a: float, b: float
 ) -> tuple[float, float, float, float]:
     """Return the four as plain floats; refuse what is out of range."""
-    mean, std, a, b = finite("mean", mean), finite("std", std), number("a", a), number("b", b)
+    mean, std = finite("mean", mean), finite("std", std)
+    low, high = number("a", a), number("b", b)
     if not 0 < std < 1e30:
         raise ValueError(f"std={std!r} must be positive, and below 1e30")
     if not a < b:
         raise ValueError(f"a={a!r} must be less than b={b!r}")
-    return mean, std, a, b
+    return mean, std, low, high
 
 
 def _draw_centre_(

@@ -427,7 +427,11 @@ RIGHT = {"image": X, "text": X, "logit_scale": S, "logit_bias": S}
         ),
         ({"text": X[:3]}, ValueError, "text has 3 rows; without ids it must have 4, as image has"),
         ({"logit_scale": 1.0}, TypeError, "logit_scale must be a tensor, not float"),
-        ({"logit_scale": S[None]}, ValueError, "logit_scale has shape (1,); it must be ()"),
+        (
+            {"logit_scale": S.expand(2)},
+            ValueError,
+            "logit_scale has shape (2,); it must be () or (1,)",
+        ),
         (
             {"logit_scale": S.long()},
             TypeError,
@@ -439,7 +443,11 @@ RIGHT = {"image": X, "text": X, "logit_scale": S, "logit_bias": S}
             "logit_scale is on meta; it must be on cpu, as image is",
         ),
         ({"logit_bias": None}, TypeError, "logit_bias must be a tensor, not NoneType"),
-        ({"logit_bias": S.expand(4)}, ValueError, "logit_bias has shape (4,); it must be ()"),
+        (
+            {"logit_bias": S.expand(4)},
+            ValueError,
+            "logit_bias has shape (4,); it must be () or (1,)",
+        ),
         ({"image_ids": I}, ValueError, "text_ids=None must be given, as the other ids are"),
         ({"text_ids": I}, ValueError, "image_ids=None must be given, as the other ids are"),
         (
@@ -527,14 +535,30 @@ def test_softmax_in_float32(dtype):
     [
         ({"image": X.long()}, TypeError, "image is torch.int64; allowed are float16"),
         ({"text": X.half()}, TypeError, "text is torch.float16; it must be torch.float32"),
-        ({"text": X[:3]}, ValueError, "text has 3 rows; without ids it must have 4"),
-        ({"logit_scale": S[None]}, ValueError, "logit_scale has shape (1,); it must be ()"),
+        ({"text": X[:3]}, ValueError, "text has 3 rows; it must have 4, as image has"),
+        (
+            {"logit_scale": S.expand(2)},
+            ValueError,
+            "logit_scale has shape (2,); it must be () or (1,)",
+        ),
     ],
 )
 def test_softmax_wrong_arguments(wrong, error, message):
     with pytest.raises(error) as caught:
         softmax_loss(**({"image": X, "text": X, "logit_scale": S} | wrong))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", [sigmoid_loss, softmax_loss])
+def test_scale_and_bias_may_be_vectors_of_one_number(loss):
+    arguments = draw(5, 5, 8, torch.float32)[: 4 if loss is sigmoid_loss else 3]
+    expected = loss_and_gradients(loss, arguments)
+    as_vectors = [*arguments[:2], *(x.detach()[None].requires_grad_() for x in arguments[2:])]
+    found = loss_and_gradients(loss, as_vectors)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.shape == ((1,) if name.startswith("logit") else expected[name].shape)
+        assert torch.equal(value.squeeze(), expected[name]), name
 
 
 # --- on a GPU ---

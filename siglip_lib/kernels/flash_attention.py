@@ -25,6 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from siglip_lib.backends import why_not_our_kernel
 from siglip_lib.checks import finite
+from siglip_lib.operators import operators_of
 
 _LOG2_E = math.log2(math.e)
 _ROWS = 128  # what lse and delta are padded to: no block is larger, so none reads past their end
@@ -484,16 +485,24 @@ def _backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
     return d_qkv
 
 
-torch.library.define("siglip_lib::flash_attention", "(Tensor qkv, float scale) -> (Tensor, Tensor)")
+_OPERATORS = operators_of(__name__)
+torch.library.define(
+    "siglip_lib::flash_attention",
+    "(Tensor qkv, float scale) -> (Tensor, Tensor)",
+    lib=_OPERATORS,
+)
 torch.library.define(
     "siglip_lib::flash_attention_backward",
     "(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
+    lib=_OPERATORS,
 )
-torch.library.impl("siglip_lib::flash_attention", ("CPU", "CUDA"), _forward)
-torch.library.impl("siglip_lib::flash_attention_backward", ("CPU", "CUDA"), _backward)
+torch.library.impl("siglip_lib::flash_attention", ("CPU", "CUDA"), _forward, lib=_OPERATORS)
+torch.library.impl(
+    "siglip_lib::flash_attention_backward", ("CPU", "CUDA"), _backward, lib=_OPERATORS
+)
 
 
-@torch.library.register_fake("siglip_lib::flash_attention")
+@torch.library.register_fake("siglip_lib::flash_attention", lib=_OPERATORS)
 def _(qkv, scale):
     batch, tokens, _, heads, dim = qkv.shape
     return (
@@ -502,7 +511,7 @@ def _(qkv, scale):
     )
 
 
-@torch.library.register_fake("siglip_lib::flash_attention_backward")
+@torch.library.register_fake("siglip_lib::flash_attention_backward", lib=_OPERATORS)
 def _(d_out, qkv, out, lse, scale):
     return torch.empty_like(qkv)
 
@@ -519,7 +528,9 @@ def _gradient(ctx, d_out, d_lse):
     return torch.ops.siglip_lib.flash_attention_backward(d_out, *ctx.saved_tensors, ctx.scale), None
 
 
-torch.library.register_autograd("siglip_lib::flash_attention", _gradient, setup_context=_keep)
+torch.library.register_autograd(
+    "siglip_lib::flash_attention", _gradient, setup_context=_keep, lib=_OPERATORS
+)
 
 
 # useful operations: two products forward, and five backward, one of which is done a second time to save memory

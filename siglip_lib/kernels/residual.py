@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from siglip_lib.checks import number
+from siglip_lib.observers import has_mode
+from siglip_lib.operators import operators_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = "use x + gamma * branch * keep / keep_prob"
@@ -280,31 +282,36 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 
 def _operator(name: str):
-    """Return what launches a kernel: as an operator of its own for compiled code, which sees no kernel in it."""
-    if torch.compiler.is_compiling():
+    """Return what launches a kernel: an operator of its own where compiled code, or a mode, would see no kernel."""
+    if torch.compiler.is_compiling() or has_mode():
         return getattr(torch.ops.siglip_lib, name)
     return {"fused_residual": _forward, "fused_residual_backward": _backward}[name]
 
 
+_OPERATORS = operators_of(__name__)
 torch.library.define(
     "siglip_lib::fused_residual",
     "(Tensor x, Tensor branch, Tensor? gamma, Tensor? keep, float scale) -> Tensor",
+    lib=_OPERATORS,
 )
 torch.library.define(
     "siglip_lib::fused_residual_backward",
     "(Tensor incoming, Tensor? branch, Tensor? gamma, Tensor? keep, float scale, ScalarType dtype,"
     " bool for_branch, bool for_gamma) -> (Tensor, Tensor)",
+    lib=_OPERATORS,
 )
-torch.library.impl("siglip_lib::fused_residual", ("CPU", "CUDA"), _forward)
-torch.library.impl("siglip_lib::fused_residual_backward", ("CPU", "CUDA"), _backward)
+torch.library.impl("siglip_lib::fused_residual", ("CPU", "CUDA"), _forward, lib=_OPERATORS)
+torch.library.impl(
+    "siglip_lib::fused_residual_backward", ("CPU", "CUDA"), _backward, lib=_OPERATORS
+)
 
 
-@torch.library.register_fake("siglip_lib::fused_residual")
+@torch.library.register_fake("siglip_lib::fused_residual", lib=_OPERATORS)
 def _(x, branch, gamma, keep, scale):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("siglip_lib::fused_residual_backward")
+@torch.library.register_fake("siglip_lib::fused_residual_backward", lib=_OPERATORS)
 def _(incoming, branch, gamma, keep, scale, dtype, for_branch, for_gamma):
     return (
         incoming.new_empty(incoming.shape if for_branch else 0, dtype=dtype),

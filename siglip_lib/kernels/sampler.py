@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from siglip_lib.checks import count
 from siglip_lib.trunc_normal import check_interval, inner_bounds
@@ -90,7 +91,7 @@ def trunc_normal_philox_(
     if seed >= 2**63:
         raise ValueError(f"seed={seed!r} must be less than 2**63")
     low, high = inner_bounds(a, b, tensor.dtype)
-    if tensor.is_meta or tensor.numel() == 0:
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.numel() == 0:
         return tensor
     if not tensor.is_cuda and not (tensor.device.type == "cpu" and _INTERPRETED):
         raise ValueError(
