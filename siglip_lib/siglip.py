@@ -16,16 +16,23 @@ from siglip_lib.augment import compose
 from siglip_lib.checkpoints import (
     IMAGE_TOWER,
     TEXT_TOWER,
+    Files,
     Get,
+    check_finite,
     check_fit,
+    check_plain,
     choose_weights,
     fill,
     find_in,
     listed,
-    read_tensors,
+    read_weights,
     under_transformers_names,
+    unwrapped,
+    whole_state,
+    without_wrappers,
+    write_tensors,
 )
-from siglip_lib.checks import positive_int
+from siglip_lib.checks import finite_tensors, positive_int
 from siglip_lib.text import TextTransformer, Tokenizer
 from siglip_lib.vision_transformer import VisionTransformer
 
@@ -51,10 +58,28 @@ _SETTLED = {
         "num_channels": 3,
         "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": 1e-6,
+        "attention_dropout": 0.0,
         "vision_use_head": True,
     },
-    "text_config": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "text_config": {
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+        "attention_dropout": 0.0,
+    },
 }
+# What changes no output of the towers: how weights are drawn and loaded, the tokenizer's numbers, what a call returns,
+# and settings of other tasks, which transformers 4.x writes into every file.
+_HARMLESS = frozenset(
+    """
+    architectures attn_implementation auto_map chunk_size_feed_forward dtype initializer_factor initializer_range
+    model_type name_or_path text_config torch_dtype transformers_version vision_config
+    bos_token_id eos_token_id pad_token_id tokenizer_class
+    output_attentions output_hidden_states return_dict use_cache
+    id2label label2id num_labels problem_type tie_word_embeddings
+    length_penalty max_length num_beam_groups num_beams num_return_sequences repetition_penalty temperature top_k top_p
+    typical_p
+    """.split()  # noqa: SIM905
+)
 # Our towers, theirs, and the names within.
 _TOWERS = (("image.", "vision_model.", IMAGE_TOWER), ("text.", "text_model.", TEXT_TOWER))
 
@@ -100,7 +125,9 @@ class SigLIP(nn.Module):
         logit_scale: logarithm t' of the inverse temperature, shape (), log 10 at the start.
         logit_bias: bias b of the logits, shape (), -10 at the start: most pairs don't match.
 
-    Weights start by big_vision's rule: ``jax`` of ``VisionTransformer``, and that of ``TextTransformer``.
+    Weights start by timm's form of big_vision's rule, ``jax`` of ``VisionTransformer``, with positions of std .02, and
+    by that of ``TextTransformer``; so did the shipped ones. big_vision's own code draws q, k and v as layers apart,
+    positions with std width to the power -1/2, and the pooling query uniformly with variance 2 / (1 + width).
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 3.2.
     """
@@ -170,7 +197,7 @@ def save_siglip(
     that was written before is replaced.
 
     Args:
-        model: both towers.
+        model: both towers; compiled and wrapped they may be, but not sharded.
         tokenizer: the one that the text tower was trained with.
         folder: where to; nothing, an empty folder, or one that this function wrote.
         dtype: of the stored weights: float32, float16 or bfloat16; None for the model's own. Log-temperature and
@@ -178,24 +205,31 @@ def save_siglip(
 
     Raises:
         FileExistsError: ``folder`` is a file, or holds something else.
-        ValueError: the dtype is another, the tokenizer does not fit the model, a part of the model was exchanged, or a
-            weight is not finite in ``dtype``; nothing was written.
+        ValueError: the dtype is another, the tokenizer does not fit the model, a part of the model was exchanged, the
+            model is sharded, or a weight is not finite in ``dtype``; nothing was written.
+        OSError: a file cannot be written; what was there before is as it was.
     """
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype={dtype} is not allowed; float32, float16, bfloat16 and None are")
+    model = unwrapped(model)
     check_tokenizer(tokenizer, model.config)
     folder = Path(folder).resolve()
+    _put_back(folder)
     _check_replaceable(folder)
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    state = {name: torch.cat(views) for name, views in _stored(state).items()}
+    state = {name: torch.cat(views) for name, views in _stored(whole_state(model)).items()}
     with torch.device("meta"):
-        check_fit(state, _stored(SigLIP(model.config).state_dict()), "model is not as its config")
+        whole = SigLIP(model.config)
+        check_fit(state, _stored(whole.state_dict()), "model is not as its config")
+    grid, wanted = model.image.patch_embed.grid_size, whole.image.patch_embed.grid_size
+    if grid != wanted:
+        raise ValueError(
+            f"model is not as its config. The image tower's grid is {grid}, not {wanted}"
+        )
     for name, tensor in state.items():
         state[name] = tensor.to(dtype or tensor.dtype)
         if name.startswith("logit_"):  # one number each, and every logit hangs on it
             state[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"weights are not finite in {dtype or 'the model'}: {listed(bad)}")
+    finite_tensors(f"weights in {dtype or 'the model'} have", state)
     _write(folder, model.config, state, tokenizer)
 
 
@@ -210,32 +244,48 @@ def load_siglip(source: str | Path) -> tuple[SigLIP, Tokenizer]:
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing in it.
         NotADirectoryError: ``source`` is a file.
+        PermissionError: a file or the folder cannot be read.
         ValueError: a file is malformed, ``config.json`` asks for what this code does not have, or a tensor is missing,
-            unexpected or of the wrong shape; the message lists them.
+            unexpected, of the wrong shape or not finite; the message lists them.
         OSError: the hub cannot be reached; the message says what to download.
     """
 
-    def choose(get: Get) -> tuple[Path, Path, list[Path]]:
+    def choose(get: Get) -> tuple[Path, Path, Files]:
         found = {_CONFIG: get(_CONFIG), _PIECES: get(_PIECES), _WEIGHTS: choose_weights(get)}
         if lost := [name for name, file in found.items() if not file]:
             raise FileNotFoundError(f"{str(source)!r} holds no {listed(lost)}")
         return tuple(found.values())
 
+    aside = _aside(Path(source).resolve())
+    if aside.is_dir() and not Path(source).exists():
+        source = aside
     config_file, pieces, files = find_in(str(source), choose, f"{_CONFIG}, {_PIECES} and ")
     config = _read_config(config_file)
     tokenizer = Tokenizer(pieces, config.context_length)
     check_tokenizer(tokenizer, config)
-    found: dict[str, Tensor] = {}
-    for file in files:
-        found |= read_tensors(file)
-    # weights that will be overwritten need not be drawn
-    with torch.device("meta"):
-        model = SigLIP(config)
-    where = files[0].name if len(files) == 1 else files[0].parent.name
+    found, where = read_weights(files)
+    found = without_wrappers(found, where)
+    check_plain(found, where)
+    model = _without_memory(config, len(found))
     check_fit(found, _stored(model.state_dict()), f"{where} does not fit {_CONFIG} beside it")
+    check_finite(found, _stored(model.state_dict()), where)
     model.to_empty(device=torch.get_default_device())
     fill(_stored(model.state_dict()), found)
     return model, tokenizer
+
+
+def _without_memory(config: SigLIPConfig, tensors: int) -> SigLIP:
+    """A model on the meta device: weights that will be overwritten need not be drawn."""
+    # a layer has several tensors; what a wrong file asks for could take hours to build
+    if config.layers + config.text_layers > tensors:
+        raise ValueError(
+            f"{_CONFIG} asks for {config.layers} + {config.text_layers} layers, and there are {tensors} tensors in all"
+        )
+    try:
+        with torch.device("meta"):
+            return SigLIP(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # numbers beyond 64 bits
+        raise ValueError(f"{_CONFIG} asks for tensors beyond any memory") from error
 
 
 def _ratio(hidden: int, width: int) -> float:
@@ -287,7 +337,7 @@ def _config_json(config: SigLIPConfig) -> str:
 
 def _read_config(path: Path) -> SigLIPConfig:
     try:
-        whole = json.loads(path.read_text())
+        whole = json.loads(path.read_text(encoding="utf-8"))
         sections = {section: whole.get(section) or {} for section in _SETTLED}
         kind = whole.get("model_type")
         values = {
@@ -300,9 +350,15 @@ def _read_config(path: Path) -> SigLIPConfig:
             for name, settled in names.items()
             if (found := sections[section].get(name, settled)) != settled
         ]
+        differs += [
+            f"{section}.{name} is {value!r}, which is unknown".removeprefix(".")
+            for section, names in {"": whole, **sections}.items()
+            for name, value in names.items()
+            if value and name not in _known(section) and not name.startswith("_")
+        ]
         # what the text tower gives, by default its own width
         projection = sections["text_config"].get("projection_size") or values["text_width"]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path.name} is no configuration of a model: {error!r}") from error
     if kind != "siglip":
         differs = [f"model_type is {kind!r}, not 'siglip'"]
@@ -318,7 +374,24 @@ def _read_config(path: Path) -> SigLIPConfig:
         raise ValueError(f"{path.name}: {error}") from error
 
 
+def _known(section: str) -> set[str]:
+    """The settings of a section that are used, settled, or harmless."""
+    sizes = {name for part, name, _ in _SIZES.values() if part == section}
+    return _HARMLESS | sizes | _SETTLED.get(section, {}).keys() | {"projection_size"}
+
+
 # --- the folder ---
+
+
+def _aside(folder: Path) -> Path:
+    """Where the old folder is for the moment in which the new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _put_back(folder: Path) -> None:
+    """Give the old folder its name again, if a save was stopped before the new one took it."""
+    if _aside(folder).exists() and not folder.exists():
+        os.rename(_aside(folder), folder)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -343,21 +416,26 @@ def _check_replaceable(folder: Path) -> None:
 def _write(
     folder: Path, config: SigLIPConfig, state: dict[str, Tensor], tokenizer: Tokenizer
 ) -> None:
-    """Write a new folder beside ``folder``, then let it take that one's place."""
-    from safetensors.torch import save_file
+    """Write a new folder beside ``folder``, then let it take that one's place.
 
+    Two folders can't change places at once. Between the two steps the old one has the name ``_aside``, and
+    ``load_siglip`` and the next ``save_siglip`` look for it there if the process was killed.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new, aside = Path(temporary, "new"), _aside(folder)
         new.mkdir()
-        (new / _CONFIG).write_text(_config_json(config))
+        (new / _CONFIG).write_text(_config_json(config), encoding="utf-8")
         (new / _PIECES).write_bytes(tokenizer.proto)
-        save_file(state, new / _WEIGHTS, metadata={"format": "pt"})
+        write_tensors(state, new / _WEIGHTS)
+        if aside.exists():  # of a save that was killed after the new one took the name
+            _check_replaceable(aside)
+            os.rename(aside, Path(temporary, "older"))
         try:
             if folder.exists():
-                os.rename(folder, old)
+                os.rename(folder, aside)
             os.rename(new, folder)
-        except BaseException:
-            if old.exists() and not folder.exists():
-                os.rename(old, folder)
-            raise
+        finally:
+            _put_back(folder)
+        if aside.exists():
+            os.rename(aside, Path(temporary, "old"))
