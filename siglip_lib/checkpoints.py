@@ -439,8 +439,20 @@ def write_tensors(state: dict[str, Tensor], path: Path, **noted: str) -> None:
         with replacing(path) as temporary:
             # transformers 4.x asks for the format
             save_file(state, temporary, metadata={"format": "pt", **noted})
+            _sort_noted(temporary)
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(f"cannot write {str(path)!r}: {error}") from error
+
+
+def _sort_noted(path: Path) -> None:
+    """Bring the metadata in order: safetensors leaves it to chance, and equal weights shall give equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        file.write(text.encode().ljust(size))
 
 
 def _noted_grid(files: Files) -> tuple[int, int] | None:

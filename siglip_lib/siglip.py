@@ -214,6 +214,7 @@ def save_siglip(
     model = unwrapped(model)
     check_tokenizer(tokenizer, model.config)
     folder = Path(folder).resolve()
+    _check_replaceable(_aside(folder))
     _put_back(folder)
     _check_replaceable(folder)
     state = {name: torch.cat(views) for name, views in _stored(whole_state(model)).items()}
@@ -257,7 +258,7 @@ def load_siglip(source: str | Path) -> tuple[SigLIP, Tokenizer]:
         return tuple(found.values())
 
     aside = _aside(Path(source).resolve())
-    if aside.is_dir() and not Path(source).exists():
+    if os.path.isdir(aside) and not os.path.exists(source):
         source = aside
     config_file, pieces, files = find_in(str(source), choose, f"{_CONFIG}, {_PIECES} and ")
     config = _read_config(config_file)
@@ -385,7 +386,7 @@ def _known(section: str) -> set[str]:
 
 def _aside(folder: Path) -> Path:
     """Where the old folder is for the moment in which the new one takes its place."""
-    return folder.with_name(f".{folder.name}.old")
+    return folder.parent / f".{folder.name}.old"
 
 
 def _put_back(folder: Path) -> None:
@@ -409,7 +410,7 @@ def _check_replaceable(folder: Path) -> None:
     if names:
         try:
             _read_config(folder / _CONFIG)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise FileExistsError(f"folder={str(folder)!r} holds no SigLIP: {error}") from error
 
 
@@ -429,7 +430,6 @@ def _write(
         (new / _PIECES).write_bytes(tokenizer.proto)
         write_tensors(state, new / _WEIGHTS)
         if aside.exists():  # of a save that was killed after the new one took the name
-            _check_replaceable(aside)
             os.rename(aside, Path(temporary, "older"))
         try:
             if folder.exists():

@@ -2,15 +2,22 @@
 
 import http.server
 import json
+import math
 import os
 import pickle
+import re
+import resource
 import shutil
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 import warnings
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -21,6 +28,9 @@ import transformers
 from comparing import assert_close, randomized
 from timm.models import vision_transformer
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from siglip_lib import (
     VisionTransformer,
@@ -32,6 +42,7 @@ from siglip_lib import (
 )
 from siglip_lib.siglip_vit import SIGLIP_CONFIGS, SigLIPVisionConfig
 
+MARK = "patch_embed.proj.weight"
 LAYOUTS = ["timm", "deepseek_vl2", "transformers", "transformers_4"]
 SIZES = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2)
 SIGLIP = dict(class_token=False, global_pool="map", num_classes=0)
@@ -187,6 +198,17 @@ ORIGINS = [
 ORIGIN_NAMES = [f"{make.__name__}-{write.__name__[6:]}" for make, write, _ in ORIGINS[:-1]]
 
 
+@contextmanager
+def at_most(size: int):
+    """No file can grow beyond ``size`` bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -226,7 +248,8 @@ def test_what_is_saved_and_loaded_is_exactly_the_same(layout, tmp_path):
     save_weights(first, tmp_path / "a.safetensors", layout)
     found = load_weights(second, tmp_path)  # the only file of the folder
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}  # transformers 4.x asks for it
+        # transformers 4.x asks for the format
+        assert file.metadata() == {"format": "pt", "grid": "4x4"}
     assert_equal(second.state_dict(), first.state_dict())
     save_weights(second, tmp_path / "b.safetensors", layout)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -372,10 +395,172 @@ def test_equal_grids_give_no_warning_and_a_warning_made_an_error_leaves_the_mode
         assert "resampled" in refused(tower(img_size=16), tmp_path, UserWarning)
 
 
-def test_positions_of_a_grid_that_is_no_square_are_of_the_wrong_shape(tmp_path):
-    save_weights(tower(img_size=(16, 32)), tmp_path / "a.safetensors", "transformers")
-    said = refused(tower(), tmp_path)
-    assert "embeddings.position_embedding.weight (8, 24), not (16, 24)" in said
+GRIDS = [((32, 32), (4, 4)), ((16, 64), (2, 8)), ((64, 16), (8, 2))]  # 16 patches each
+OTHER_GRIDS = [(a, b) for a in GRIDS for b in GRIDS if a != b]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("old", "new"), OTHER_GRIDS)
+def test_equal_counts_are_not_equal_grids(old, new, layout, tmp_path):
+    theirs, ours = tower(img_size=old[0]), tower(img_size=new[0])
+    save_weights(theirs, tmp_path / "a.safetensors", layout)
+    with pytest.warns(UserWarning, match="from {} x {} to {} x {} ".format(*old[1], *new[1])):
+        found = load_weights(ours, tmp_path)
+    expected = resample_abs_pos_embed(theirs.pos_embed, new[1], old[1], num_prefix_tokens=0)
+    assert not torch.equal(expected, theirs.pos_embed)
+    assert torch.equal(ours.pos_embed, expected)
+    assert found.resampled == (old[1], new[1])
+    same = tower(img_size=old[0])
+    assert load_weights(same, tmp_path).resampled is None
+    assert torch.equal(same.pos_embed, theirs.pos_embed)
+
+
+@pytest.mark.parametrize("write", [write_timm, write_timm_pickled, write_whole])
+def test_where_no_grid_is_noted_a_square_is_taken_for_one(write, tmp_path):
+    theirs = siglip_vision_model() if write is write_whole else timm_tower()
+    write(theirs, tmp_path)
+    ours = tower(img_size=(16, 64))
+    with pytest.warns(UserWarning, match="from 4 x 4 to 2 x 8"):
+        load_weights(ours, tmp_path)
+    square = tower()
+    load_weights(square, tmp_path)
+    expected = resample_abs_pos_embed(square.pos_embed, (2, 8), (4, 4), num_prefix_tokens=0)
+    assert torch.equal(ours.pos_embed, expected)
+
+
+def test_the_grid_of_siglip_base_is_told_from_7_x_28(tmp_path):
+    sizes = dict(patch_size=16, depth=1)
+    save_weights(tower(img_size=224, **sizes), tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="from 14 x 14 to 7 x 28"):
+        load_weights(tower(img_size=(112, 448), **sizes), tmp_path)
+
+
+def test_a_grid_that_is_neither_noted_nor_square_must_be_given(tmp_path):
+    theirs = tower(img_size=(16, 32))
+    torch.save(theirs.state_dict(), tmp_path / "a.bin")
+    wide, tall, square = tower(img_size=(16, 32)), tower(img_size=(32, 16)), tower()
+    for model, like in ((wide, (2, 4)), (tall, (4, 2))):
+        assert refused(model, tmp_path / "a.bin") == (
+            "a.bin has position embeddings of 8 patches, no square, and notes no grid; give grid=(rows, columns), "
+            f"such as grid={like}, the model's"
+        )
+    said = refused(square, tmp_path / "a.bin")
+    assert "pos_embed (1, 8, 24), not (1, 16, 24). Positions of a grid that is no square" in said
+    assert said.endswith("are resampled if grid=(rows, columns) names it")
+    assert load_weights(wide, tmp_path / "a.bin", grid=(2, 4)).resampled is None
+    assert torch.equal(wide.pos_embed, theirs.pos_embed)
+    for model, new in ((tall, (4, 2)), (square, (4, 4))):
+        with pytest.warns(UserWarning, match="from 2 x 4"):
+            load_weights(model, tmp_path / "a.bin", grid=(2, 4))
+        expected = resample_abs_pos_embed(theirs.pos_embed, new, (2, 4), num_prefix_tokens=0)
+        assert torch.equal(model.pos_embed, expected)
+
+
+@pytest.mark.parametrize(
+    ("noted", "grid", "said"),
+    [
+        ("4 x 4", None, "a.safetensors notes grid='4 x 4'; it must be rows and columns, such as"),
+        ("", None, "a.safetensors notes grid=''; it must be"),
+        ("3x5", None, "position embeddings of 16 patches, not 3 x 5; give grid="),
+        ("4x4", (3, 5), "position embeddings of 16 patches, not 3 x 5; give grid="),
+        ("4x4", (0, 16), "grid=0 must be at least 1"),
+    ],
+)
+def test_a_grid_that_cannot_be(noted, grid, said, tmp_path):
+    model = tower()
+    metadata = {"grid": noted}
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "a.safetensors", metadata)
+    before = bits(model)
+    with pytest.raises(ValueError, match=said):
+        load_weights(model, tmp_path, grid)
+    assert_equal(model.state_dict(), before)
+
+
+# --- wrapped models ---
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_block(model):
+    model.blocks[1] = compiled(model.blocks[1])
+    return model
+
+
+def block_compiled_in_place(model):
+    model.blocks[1].compile(backend="eager")
+    return model
+
+
+WRAPPED = {
+    "compiled": compiled,
+    "parallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "compiled parallel": lambda model: compiled(nn.DataParallel(model)),
+    "parallel compiled": lambda model: nn.DataParallel(compiled(model)),
+}
+PARTS_WRAPPED = {
+    "block": compiled_block,
+    "block in place": block_compiled_in_place,
+    "both": lambda model: compiled(compiled_block(model)),
+}
+
+
+@pytest.mark.parametrize("layout", ["timm", "transformers_4"])
+@pytest.mark.parametrize("how", WRAPPED | PARTS_WRAPPED)
+def test_a_wrapped_model_is_saved_and_loaded_as_the_model_in_it(how, layout, tmp_path):
+    model, wrap = tower(), (WRAPPED | PARTS_WRAPPED)[how]
+    save_weights(model, tmp_path / "a.safetensors", layout)
+    expected = bits(model)
+    save_weights(wrap(model), tmp_path / "b.safetensors", layout)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    wrapped = wrap(tower())
+    load_weights(wrapped, tmp_path / "a.safetensors")
+    assert all(map(torch.equal, wrapped.parameters(), expected.values()))
+
+
+@pytest.mark.parametrize("make", [timm_tower, siglip_vision_model])
+@pytest.mark.parametrize("how", WRAPPED)
+def test_what_others_stored_wrapped_is_loaded(how, make, tmp_path):
+    theirs, ours = make(), tower()
+    torch.save({"model": WRAPPED[how](theirs).state_dict()}, tmp_path / "a.bin")
+    load_weights(ours, tmp_path / "a.bin")
+    assert_same_outputs(ours, theirs)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_was_stored_with_a_part_compiled_is_loaded(sharded, tmp_path):
+    ours, theirs = tower(), compiled_block(tower())
+    state = theirs.state_dict()
+    assert sum("_orig_mod" in name for name in state) == 12
+    (save_sharded([state], tmp_path) if sharded else save(state, tmp_path / "a.safetensors"))
+    load_weights(ours, tmp_path)
+    assert all(map(torch.equal, ours.state_dict().values(), state.values()))
+
+
+def test_tensors_stored_wrapped_and_not_are_refused(tmp_path):
+    state = tower().state_dict()
+    save(state | {"norm._orig_mod.bias": torch.ones(24)}, tmp_path / "a.safetensors")
+    assert "a.safetensors holds the same tensors twice, wrapped" in refused(tower(), tmp_path)
+
+
+@pytest.fixture
+def two_processes():
+    """A process group of which the other process is made up."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_model_is_refused_with_what_to_do(two_processes, tmp_path):
+    save_weights(tower(), tmp_path / "a.safetensors")
+    model = fully_shard(tower(), mesh=init_device_mesh("cpu", (2,)))
+    before = [parameter.to_local().clone() for parameter in model.parameters()]
+    for use in (load_weights, save_weights):
+        with pytest.raises(ValueError, match=r"model is sharded .*whole_model\(training\)"):
+            use(model, tmp_path / "a.safetensors")
+    assert all(map(torch.equal, before, [p.to_local() for p in model.parameters()]))
 
 
 # --- strict ---
@@ -472,6 +657,95 @@ def test_a_checkpoint_holds_one_image_tower(names, count, sharded, tmp_path):
     assert said.startswith(f"model.safetensors{'.index.json' * sharded} holds {count} image towers")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (math.nan, torch.float32),
+        (-math.inf, torch.float32),
+        (1e6, torch.float16),
+        (1e300, torch.float32),
+    ],
+)
+def test_values_that_are_not_finite_in_the_models_dtype_are_refused(value, dtype, layout, tmp_path):
+    theirs, ours = tower(), tower().to(dtype)
+    save_weights(theirs, tmp_path / "a.safetensors", layout)
+    state = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    last = list(state)[-1]
+    state[last].view(-1)[-1] = value
+    torch.save(state, tmp_path / "a.bin")
+    said = refused(ours, tmp_path / "a.bin")
+    name = last.removeprefix(checkpoints._LAYOUTS[layout][1])
+    assert said == f"a.bin has, as {dtype}, NaN or infinite elements in {name}"
+
+
+ODD = {
+    "meta": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+    "compressed": lambda x: x.expand(1, 24).to_sparse_csr(),
+    "expanded": lambda x: x[:1].clone().expand(24),
+    "nested": lambda x: torch.nested.nested_tensor([x, x[1:]]),
+    "int": lambda x: x.int(),
+    "complex": lambda x: x.cfloat(),
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of some of these kinds
+@pytest.mark.parametrize("name", ["norm.bias", "attn_pool.mlp.fc2.bias"])
+@pytest.mark.parametrize("odd", ODD)
+def test_tensors_that_are_not_numbers_in_memory_are_refused_before_any_is_copied(
+    odd, name, tmp_path
+):
+    state = tower().state_dict()
+    torch.save(state | {name: ODD[odd](state[name])}, tmp_path / "a.bin")
+    assert name in refused(tower(), tmp_path / "a.bin")
+
+
+def test_positions_that_would_fill_the_memory_are_refused(tmp_path):
+    state = tower().state_dict()
+    positions = torch.ones(1, 1, 24, dtype=torch.float64).expand(1, 10**12, 24)
+    torch.save(state | {"pos_embed": positions}, tmp_path / "a.bin")
+    said = refused(tower(), tmp_path / "a.bin")
+    assert said.startswith("a.bin does not store each element of pos_embed: sparse, expanded")
+
+
+HEADS = {
+    "map": dict(global_pool="map"),
+    "": dict(global_pool=""),
+    "avg": dict(global_pool="avg"),
+    "map with classes": dict(global_pool="map", num_classes=5),
+    "map with other classes": dict(global_pool="map", num_classes=6),
+    "avg with classes": dict(global_pool="avg", num_classes=5),
+}
+
+
+@pytest.mark.parametrize("there", HEADS)
+@pytest.mark.parametrize("here", HEADS)
+def test_the_error_says_how_to_load_a_tower_with_another_head(here, there, tmp_path):
+    theirs = tower(**HEADS[there])
+    save_weights(theirs, tmp_path / "a.safetensors")
+    if here == there:
+        load_weights(tower(**HEADS[here]), tmp_path)
+        return
+    said = refused(tower(**HEADS[here]), tmp_path)
+    asked = re.search(r"heads differ: build .* global_pool='(.*)' and num_classes=(\d),", said)
+    assert said.endswith("load it, and call model.reset_classifier(num_classes, global_pool)")
+    ours = tower(global_pool=asked[1], num_classes=int(asked[2]))
+    load_weights(ours, tmp_path)
+    assert_equal(ours.state_dict(), theirs.state_dict())
+    if "map" in there or "map" not in here:
+        wanted = HEADS[here]
+        ours.reset_classifier(wanted.get("num_classes", 0), wanted["global_pool"])
+        x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        assert ours(x).shape == tower(**wanted)(x).shape
+
+
+def test_no_pooling_under_transformers_names_is_told(tmp_path):
+    siglip_vision_model(vision_use_head=False).save_pretrained(tmp_path)
+    assert "build the model with global_pool='' and num_classes=0" in refused(tower(), tmp_path)
+
+
 def test_a_stage_of_a_pipeline_is_refused_with_what_is_too_much(tmp_path):
     save_weights(tower(), tmp_path / "a.safetensors")
     stage = tower().to_pipeline(2, 1)
@@ -539,16 +813,65 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [torch.ones(2), {"state_dict": 3}, {0: torch.ones(1)}, {"a": [torch.ones(1)]}],
-    ids=["tensor", "number", "number as name", "list"],
+    ("content", "keys"),
+    [
+        (torch.ones(2), ""),
+        ({"state_dict": 3}, "; its keys are state_dict"),
+        ({0: torch.ones(1)}, "; its keys are 0"),
+        ({"a": [torch.ones(1)], "epoch": 3}, "; its keys are a, epoch"),
+        ({"a": {"b": {"c": {MARK: torch.ones(1)}}}}, "; its keys are a"),
+    ],
+    ids=["tensor", "number", "number as name", "list", "too deep"],
 )
-def test_a_pickle_must_hold_tensors_by_name(content, tmp_path):
+def test_a_pickle_must_hold_tensors_by_name(content, keys, tmp_path):
     torch.save(content, tmp_path / "a.bin")
-    assert refused(tower(), tmp_path / "a.bin") == "a.bin holds no dict of tensors by name"
+    said = refused(tower(), tmp_path / "a.bin")
+    assert said == "a.bin holds no dict of tensors by name" + keys
 
 
-MARK = "patch_embed.proj.weight"
+@pytest.mark.parametrize(
+    "keys", ["model_state_dict", "net", "teacher", "module", "ema.weights", "a.state_dict", "model"]
+)
+@pytest.mark.parametrize("others", [True, False])
+def test_the_dict_that_holds_a_tower_is_found_whatever_its_key(keys, others, tmp_path):
+    theirs, ours = tower(), tower()
+    content = theirs.state_dict()
+    for key in reversed(keys.split(".")):
+        content = {key: content}
+    if others:
+        moments = {0: {"exp_avg": torch.ones(1)}}
+        content |= {"epoch": 3, "optimizer": {"state": moments}, "loss": {"t": torch.ones(1)}}
+    torch.save(content, tmp_path / "a.bin")
+    load_weights(ours, tmp_path / "a.bin")
+    assert_equal(ours.state_dict(), theirs.state_dict())
+
+
+def test_weights_stored_beside_their_average_are_taken_and_other_pairs_refused(tmp_path):
+    theirs, average, ours = tower(), tower(), tower()
+    for key in ("state_dict", "model"):
+        content = {key: theirs.state_dict(), f"{key}_ema": average.state_dict()}
+        torch.save(content, tmp_path / "a.bin")
+        load_weights(randomized(ours), tmp_path / "a.bin")
+        assert_equal(ours.state_dict(), theirs.state_dict())
+    content = {"student": theirs.state_dict(), "teacher": average.state_dict()}
+    torch.save(content, tmp_path / "a.bin")
+    assert refused(ours, tmp_path / "a.bin") == (
+        "a.bin holds several dicts of tensors by name, student, teacher; store one of them"
+    )
+
+
+def test_a_compressed_pickle_is_refused_as_it_could_unpack_to_anything(tmp_path):
+    torch.save({"x": torch.zeros(2**20)} | tower().state_dict(), tmp_path / "a.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "a.bin") as stored,
+        zipfile.ZipFile(tmp_path / "b.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for part in stored.infolist():
+            packed.writestr(part.filename, stored.read(part))
+    said = refused(tower(), tmp_path / "b.bin")
+    assert re.fullmatch(
+        r"b\.bin is compressed: \d+ bytes that unpack to 4\d{6}; torch.save .*", said
+    )
 
 
 @pytest.mark.parametrize(
@@ -563,6 +886,9 @@ MARK = "patch_embed.proj.weight"
         ({MARK: "../a.safetensors"}, "names files outside its folder"),
         ({MARK: "/etc/passwd"}, "names files outside its folder"),
         ({"text.x": "sub/a.safetensors", MARK: "a.safetensors"}, "names files outside its folder"),
+        ("[" * 99_999, "is no index of a sharded checkpoint: RecursionError("),
+        ('{"weight_map": 3}', "is no index of a sharded checkpoint: AttributeError("),
+        ({MARK: None}, "is no index of a sharded checkpoint: TypeError("),
     ],
 )
 def test_a_malformed_index_is_an_error_that_says_how(index, said, tmp_path):
@@ -582,6 +908,102 @@ def test_shards_that_are_missing_are_listed(tmp_path):
         (tmp_path / name).unlink()
     said = refused(tower(), tmp_path, FileNotFoundError)
     assert said == f"model.safetensors.index.json names {', '.join(lost)}, missing beside it"
+
+
+def test_only_what_the_index_names_counts_and_from_the_file_that_it_names(tmp_path):
+    theirs, ours = tower(), tower()
+    state = theirs.state_dict()
+    names = list(state)
+    shards = [{n: state[n] for n in names[:20]}, {n: state[n] for n in names[20:]}]
+    save_sharded(shards, tmp_path)
+    stale = {name: torch.full_like(tensor, 7) for name, tensor in shards[0].items()}
+    spoilt = {"norm.more": torch.ones(1)}
+    save(stale | shards[1] | spoilt, tmp_path / "model-00002-of-00002.safetensors")
+    found = load_weights(ours, tmp_path)
+    assert_equal(ours.state_dict(), state)
+    assert (found.tensors, found.others) == (42, 0)
+
+
+def test_a_tensor_that_its_file_lacks_is_an_error_wherever_else_it_is(tmp_path):
+    first = dict(tower().state_dict())
+    second = {name: first.pop(name) for name in ("norm.weight", "norm.bias")}
+    save_sharded([first, second], tmp_path)
+    save({"norm.weight": second["norm.weight"]}, tmp_path / "model-00002-of-00002.safetensors")
+    said = refused(tower(), tmp_path)
+    assert said == "model-00002-of-00002.safetensors lacks norm.bias, which the index says is there"
+
+
+@pytest.fixture
+def folder():
+    """A folder that everybody may enter, and a user for whom modes count."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        user = os.geteuid()
+        yield Path(folder)
+        os.seteuid(user)
+
+
+def as_ordinary_user():
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "own.safetensors"])
+@pytest.mark.parametrize("what", ["the file", "its folder"])
+@pytest.mark.parametrize("give", ["the file", "its folder"])
+def test_what_may_not_be_read_is_not_called_missing(give, what, name, folder):
+    (folder / "a").mkdir()
+    path = folder / "a" / name
+    if path.suffix == ".bin":
+        torch.save(tower().state_dict(), path)
+    else:
+        save_weights(tower(), path)
+    (path if what == "the file" else path.parent).chmod(0o400 if os.geteuid() == 0 else 0)
+    if what == "its folder":
+        path.parent.chmod(0o644)  # without x: its names can be listed, and nothing else
+    as_ordinary_user()
+    said = refused(tower(), path if give == "the file" else path.parent, PermissionError)
+    assert said.endswith("' cannot be read: Permission denied")
+    assert str(folder / "a") in said
+
+
+def a_folder(path):
+    path.mkdir()
+
+
+def a_pipe(path):
+    os.mkfifo(path)
+
+
+def a_link_to_nothing(path):
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "own.safetensors"],
+)
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (a_folder, IsADirectoryError, "' is a folder; it must be a file"),
+        (a_pipe, ValueError, "' is neither a file nor a folder, but a pipe or a device"),
+        (a_link_to_nothing, FileNotFoundError, "' is a link to 'nowhere', where nothing is"),
+    ],
+)
+def test_what_is_there_under_the_name_but_no_file(make, error, said, name, tmp_path):
+    make(tmp_path / name)
+    assert refused(tower(), tmp_path, error) == f"'{tmp_path / name}{said}"
+    if make is not a_folder:
+        assert refused(tower(), tmp_path / name, error) == f"'{tmp_path / name}{said}"
+
+
+def test_a_shard_that_is_a_folder(tmp_path):
+    write_deepseek_vl2(timm_tower(), tmp_path)
+    (tmp_path / "model-00003-of-00004.safetensors").unlink()
+    (tmp_path / "model-00003-of-00004.safetensors").mkdir()
+    said = refused(tower(), tmp_path, IsADirectoryError)
+    assert "model-00003-of-00004.safetensors' is a folder" in said
 
 
 @pytest.mark.parametrize("files", [[], ["a", "b"]])
@@ -646,7 +1068,7 @@ def test_a_part_that_transformers_lacks_cannot_be_saved_for_it(options, differs,
     assert_equal(second.state_dict(), model.state_dict())
 
 
-@pytest.mark.parametrize("fails", ["writing", "replacing"])
+@pytest.mark.parametrize("fails", ["writing", "replacing", "a full disk"])
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(fails, tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     save_weights(tower(), path)
@@ -662,11 +1084,43 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(fails, tmp_path, mon
     with monkeypatch.context() as patch:
         if fails == "writing":
             patch.setattr(safetensors.torch, "save_file", write_half)
+        elif fails == "replacing":
+            patch.setattr(os, "replace", no_replace)
+        if fails == "a full disk":
+            with (
+                at_most(20_000),
+                pytest.raises(OSError, match=r"^cannot write '.*/a\.safetensors': "),
+            ):
+                save_weights(tower(), path)
         else:
-            patch.setattr(checkpoints.os, "replace", no_replace)
-        with pytest.raises(OSError, match="disk full"):
-            save_weights(tower(), path)
+            with pytest.raises(OSError, match="disk full"):
+                save_weights(tower(), path)
     assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_who_may_read_the_file_is_what_the_umask_says(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_weights(tower(), tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_that_are_not_finite_are_not_saved(value, layout, tmp_path):
+    model = tower()
+    save_weights(model, tmp_path / "a.safetensors", layout)
+    before = (tmp_path / "a.safetensors").read_bytes()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias[3] = value
+    said = "model has NaN or infinite elements in blocks.1.mlp.fc2.bias"
+    with pytest.raises(ValueError, match=said):
+        save_weights(model, tmp_path / "a.safetensors", layout)
+    assert (tmp_path / "a.safetensors").read_bytes() == before
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
@@ -719,7 +1173,7 @@ def test_offline_the_error_says_what_to_download_and_where_to_put_it(fetched, ca
 
 def test_a_repository_without_weights_is_told(monkeypatch):
     empty = types.SimpleNamespace(siblings=[])
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda repository: empty)
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda repository, timeout: empty)
     said = refused(tower(), "hf-hub:nobody/tower", FileNotFoundError)
     assert said == "'hf-hub:nobody/tower' holds no weights that are known here"
 
@@ -758,7 +1212,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 LOAD = """
 import sys, time
 from siglip_lib import VisionTransformer, load_weights, save_weights
-import huggingface_hub  # its import is not what is timed
+from huggingface_hub import hf_hub_download, model_info  # their import is not what is timed
 model, start = VisionTransformer(**eval(sys.argv[1])).double(), time.monotonic()
 try:
     print(load_weights(model, "hf-hub:nobody/tower"))
@@ -769,10 +1223,10 @@ print(time.monotonic() - start)
 """
 
 
-def load_in_another_process(endpoint: str, folder: Path) -> list[str]:
+def load_in_another_process(endpoint: str, folder: Path, **options: str) -> list[str]:
     """What is printed there, with the settings that huggingface_hub reads when it is imported."""
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "0", **options}
     command = [sys.executable, "-c", LOAD, repr(SIZES | SIGLIP), str(folder / "out.safetensors")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -807,6 +1261,26 @@ def test_a_refused_connection_is_told_at_once(tmp_path):
         said = load_in_another_process(f"http://127.0.0.1:{unused.getsockname()[1]}", tmp_path)
     assert "cannot fetch 'nobody/tower' from the hub (ConnectError)" in said[0]
     assert float(said[1]) < 5  # a download would try again for 20 seconds
+
+
+@pytest.mark.parametrize("fetched", [True, False])
+def test_a_server_that_never_answers_is_not_waited_for(fetched, cache, tmp_path):
+    theirs, ours = timm_tower(), tower()
+    if fetched:
+        write_deepseek_vl2(theirs, cache)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections are made, and no more
+        said = load_in_another_process(
+            f"http://127.0.0.1:{silent.getsockname()[1]}",
+            tmp_path,
+            HF_HUB_CACHE=str(tmp_path),
+            HF_HUB_ETAG_TIMEOUT="1",
+        )
+    assert 1 < float(said[-1]) < 5
+    if not fetched:
+        assert "cannot fetch 'nobody/tower' from the hub (ReadTimeout)" in said[0]
+        return
+    load_weights(ours, tmp_path / "out.safetensors")
+    assert_equal(ours.state_dict(), theirs.state_dict())
 
 
 # --- the real size ---

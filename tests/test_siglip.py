@@ -4,7 +4,12 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
+import stat
+import subprocess
+import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,8 +19,11 @@ import safetensors.torch
 import torch
 import transformers
 from comparing import assert_close
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from siglip_lib import siglip
+from siglip_lib import VisionTransformer, siglip
 from siglip_lib.siglip import SigLIP, SigLIPConfig, embed_pictures, load_siglip, save_siglip
 from siglip_lib.text import Tokenizer, train_tokenizer
 
@@ -209,7 +217,11 @@ TOWER = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, n
             replace(BASE, image_size=256, vocab_size=250_000),
         ),
         (TOWER, TOWER | {"image_size": 384, "patch_size": 14}, SO400M),
-        ({"attention_dropout": 0.1, "top_k": 50}, {"attention_dropout": 0.1}, BASE),
+        (
+            {"attention_dropout": 0.0, "top_k": 50},
+            {"attention_dropout": 0, "pruned_heads": {}},
+            BASE,
+        ),
     ],
 )
 def test_sizes_that_a_config_leaves_out_are_transformers(text, vision, expected, tmp_path):
@@ -273,6 +285,28 @@ def test_what_is_written_is_read_by_both(config, tmp_path):
         ),
         ({"vision_config.num_attention_heads": 5}, "width=44 must be a multiple of heads=5"),
         ({"vision_config": 3}, "is no configuration of a model: AttributeError"),
+        (
+            {"vision_config.attention_dropout": 0.1, "text_config.attention_dropout": 0.2},
+            "vision_config.attention_dropout is 0.1, not 0.0; text_config.attention_dropout is 0.2, not 0.0",
+        ),
+        ({"text_config.causal": True}, "text_config.causal is True, which is unknown"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config is {'bits': 4}, which is unknown",
+        ),
+        (
+            {"vision_config.pruned_heads": {"1": [2]}},
+            "vision_config.pruned_heads is {'1': [2]}, which",
+        ),
+        # bounds: a file of a kilobyte must not ask for hours or terabytes
+        (
+            {"vision_config.num_hidden_layers": 10**6},
+            "config.json asks for 1000000 + 3 layers, and there are 104 tensors in all",
+        ),
+        ({"text_config.num_hidden_layers": 10**9}, "config.json asks for 2 + 1000000000 layers"),
+        ({"vision_config.image_size": 10**12}, "config.json asks for tensors beyond any memory"),
+        ({"text_config.vocab_size": 10**30}, "config.json asks for tensors beyond any memory"),
+        ({"vision_config.intermediate_size": 10**400}, "asks for tensors beyond any memory"),
     ],
 )
 def test_a_config_that_asks_for_what_is_not_here(change, said, tokenizer, tmp_path):
@@ -287,7 +321,37 @@ def test_a_config_that_asks_for_what_is_not_here(change, said, tokenizer, tmp_pa
     assert str(caught.value).startswith("config.json")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe{}"])
+# of transformers 4.30's own SiglipConfig-like sections, which hold every setting of every task
+OLD = dict(
+    _name_or_path="", add_cross_attention=False, architectures=None, bad_words_ids=None, chunk_size_feed_forward=0,
+    diversity_penalty=0.0, do_sample=False, id2label={"0": "LABEL_0"}, is_decoder=False, label2id={"LABEL_0": 0},
+    length_penalty=1.0, max_length=20, min_length=0, num_beam_groups=1, num_beams=1, num_return_sequences=1,
+    output_attentions=False, prefix=None, pruned_heads={}, repetition_penalty=1.0, return_dict=True, temperature=1.0,
+    tf_legacy_loss=False, tie_encoder_decoder=False, tie_word_embeddings=True, top_k=50, top_p=1.0, torch_dtype=None,
+    torchscript=False, typical_p=1.0, use_bfloat16=False,
+)  # fmt: skip
+
+
+def test_every_setting_of_transformers_is_used_settled_or_harmless(tmp_path):
+    config = their_config(CONFIG).to_dict()
+    config |= {"initializer_factor": 2.0, "_name_or_path": "Zoë/siglip"} | OLD
+    for section in ("text_config", "vision_config"):
+        config[section] |= OLD
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    assert siglip._read_config(path) == CONFIG
+    # each that is a number there, and neither a size nor harmless, must not be ignored
+    sections = {
+        "text_config": transformers.SiglipTextConfig,
+        "vision_config": transformers.SiglipVisionConfig,
+    }
+    for section, theirs in sections.items():
+        for name in set(theirs().to_dict()) - siglip._HARMLESS - set(siglip._known("")):
+            if not name.startswith("_") and theirs().to_dict()[name]:
+                assert name in siglip._known(section)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe{}", b"[" * 99_999])
 def test_a_config_that_is_none(content, tokenizer, tmp_path):
     save_siglip(our_model(), tokenizer, tmp_path / "a")
     (tmp_path / "a/config.json").write_bytes(content)
@@ -412,6 +476,63 @@ def test_tensors_that_do_not_fit_are_listed(change, listed, tokenizer, tmp_path)
         load_siglip(tmp_path / "a")
     said = str(caught.value)
     assert said.startswith("model.safetensors does not fit config.json beside it. ")
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e300])
+@pytest.mark.parametrize("name", ["logit_scale", "text_model.head.bias"])
+def test_values_that_are_not_finite_are_refused(name, value, tokenizer, tmp_path):
+    save_siglip(our_model(), tokenizer, tmp_path / "a")
+    path = tmp_path / "a/model.safetensors"
+    state = safetensors.torch.load_file(path)
+    state[name] = torch.full(state[name].shape, value, dtype=torch.float64)
+    safetensors.torch.save_file(state, path)
+    said = f"model.safetensors has, as torch.float32, NaN or infinite elements in {name}"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        load_siglip(tmp_path / "a")
+
+
+def test_tensors_that_a_few_bytes_stand_for_are_refused(tokenizer, tmp_path):
+    save_siglip(our_model(), tokenizer, tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    config["text_config"]["vocab_size"] = 10**9  # 36 numbers each
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    state = safetensors.torch.load_file(tmp_path / "a/model.safetensors")
+    name = "text_model.embeddings.token_embedding.weight"
+    state[name] = torch.ones(1, 1).expand(10**9, 36)
+    (tmp_path / "a/model.safetensors").unlink()
+    torch.save(state, tmp_path / "a/pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"does not store each element of {re.escape(name)}: "):
+        load_siglip(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_that_may_not_be_read_is_not_called_missing(name, tokenizer):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        save_siglip(our_model(), tokenizer, Path(folder, "a"))
+        path, user = Path(folder, "a", name), os.geteuid()
+        path.chmod(0)
+        try:
+            if user == 0:  # for whom modes don't count
+                os.seteuid(65534)
+            with pytest.raises(PermissionError, match=f"{name}' cannot be read: Permission denied"):
+                load_siglip(Path(folder, "a"))
+        finally:
+            os.seteuid(user)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_folder_or_a_pipe_in_the_place_of_a_file(name, tokenizer, tmp_path):
+    save_siglip(our_model(), tokenizer, tmp_path / "a")
+    path = tmp_path / "a" / name
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=f"{name}' is a folder; it must be a file"):
+        load_siglip(tmp_path / "a")
+    path.rmdir()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"{name}' is neither a file nor a folder, but a pipe"):
+        load_siglip(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -600,12 +721,119 @@ def test_a_failed_save_leaves_what_was_there_and_nothing_else(
         assert_equal(load_siglip(tmp_path / "a")[0].state_dict(), first.state_dict())
 
 
+KILLED = """
+import os, shutil, signal, sys, warnings
+from pathlib import Path
+import torch
+from siglip_lib.siglip import SigLIP, load_siglip, save_siglip
+import safetensors.torch
+
+EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}
+folder, written = Path(sys.argv[1], "a"), Path(sys.argv[2])
+warnings.simplefilter("ignore")  # of fork
+torch.set_num_threads(1)
+second, tokenizer = load_siglip(written)
+second.logit_bias.data.fill_(2)
+
+
+def save(kill_at):
+    seen = 0
+
+    def hook(event, arguments):
+        nonlocal seen
+        if event in EVENTS and str(arguments[0]).startswith(str(folder.parent)):
+            seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    save_siglip(second, tokenizer, folder)
+
+
+def in_a_child(*arguments):
+    child = os.fork()
+    if child == 0:
+        try:
+            save(*arguments)
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+finished = False
+for kill_at in range(1, 500):
+    shutil.rmtree(folder.parent)
+    shutil.copytree(written, folder)
+    finished = in_a_child(kill_at)
+    found = load_siglip(folder)[0].logit_bias.item()
+    print(kill_at, finished, folder.exists(), int(found))
+    again = in_a_child(0) and load_siglip(folder)[0].logit_bias.item() == 2
+    names = [name for name in os.listdir(folder.parent) if not name.startswith(".a-")]
+    assert again and names == ["a"], names
+    if finished:
+        break
+"""
+
+
+def test_a_save_that_is_killed_at_any_step_leaves_one_whole_version(tokenizer, tmp_path):
+    model = SigLIP(replace(CONFIG, layers=1, text_layers=1))
+    model.logit_bias.data.fill_(1)
+    save_siglip(model, tokenizer, tmp_path / "written")
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "here"), str(tmp_path / "written")]
+    (tmp_path / "here").mkdir()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    steps = [line.split()[1:] for line in done.stdout.splitlines()]
+    finished, there, found = zip(*steps, strict=True)
+    assert finished == ("False",) * (len(steps) - 1) + ("True",)
+    changes = found.index("2")
+    assert found == ("1",) * changes + ("2",) * (len(steps) - changes)
+    # the moment in which neither has the name is among them
+    assert there.count("False") == 1
+    assert there.index("False") == changes - 1
+
+
+def test_a_folder_of_another_beside_it_is_left_alone(tokenizer, tmp_path):
+    (tmp_path / ".a.old").mkdir()
+    (tmp_path / ".a.old/notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"\.a\.old' holds notes\.txt"):
+        save_siglip(our_model(), tokenizer, tmp_path / "a")
+    assert os.listdir(tmp_path) == [".a.old"]
+    assert os.listdir(tmp_path / ".a.old") == ["notes.txt"]
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(tokenizer, tmp_path):
+    first = our_model().double()  # its weights are the largest file
+    save_siglip(first, tokenizer, tmp_path / "a")
+    size = (tmp_path / "a/model.safetensors").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
+        with pytest.raises(OSError, match=r"^cannot write '.*/model\.safetensors': .*too large"):
+            save_siglip(first, tokenizer, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == ["a"]
+    assert_equal(load_siglip(tmp_path / "a")[0].state_dict(), first.float().state_dict())
+
+
+def test_who_may_read_the_folder_is_what_the_umask_says(tokenizer, tmp_path):
+    for umask, of_folder, of_files in ((0o022, 0o755, 0o644), (0o077, 0o700, 0o600)):
+        before = os.umask(umask)
+        try:
+            save_siglip(our_model(), tokenizer, tmp_path / "a")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == of_folder
+        assert {stat.S_IMODE((tmp_path / "a" / n).stat().st_mode) for n in FILES} == {of_files}
+
+
 @pytest.mark.parametrize(
     ("value", "dtype", "said"),
     [
-        (math.nan, None, "not finite in the model: text_model.head.bias"),
-        (math.inf, torch.float32, "not finite in torch.float32: text_model.head.bias"),
-        (1e5, torch.float16, "not finite in torch.float16: text_model.head.bias"),
+        (math.nan, None, "in the model have NaN or infinite elements in text_model.head.bias"),
+        (math.inf, torch.float32, "in torch.float32 have NaN or .* in text_model.head.bias"),
+        (1e5, torch.float16, "in torch.float16 have NaN or .* in text_model.head.bias"),
     ],
 )
 def test_weights_that_are_not_finite_are_refused(value, dtype, said, tokenizer, tmp_path):
@@ -627,8 +855,12 @@ def other_size(model: SigLIP) -> SigLIP:
     return model
 
 
-def compiled(model: SigLIP) -> torch.nn.Module:
-    return torch.compile(model, backend="eager")
+def other_grid(model: SigLIP) -> SigLIP:
+    sizes = dict(
+        patch_size=8, embed_dim=44, depth=2, num_heads=4, mlp_ratio=109.5 / 44, num_classes=0
+    )
+    model.image = VisionTransformer((16, 64), global_pool="map", class_token=False, **sizes)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -636,13 +868,63 @@ def compiled(model: SigLIP) -> torch.nn.Module:
     [
         (other_tower, "missing (54): text_model."),
         (other_size, "unexpected (16): vision_model.encoder.layers.1."),
-        (compiled, "missing (104): logit_bias, "),
+        (other_grid, "The image tower's grid is (2, 8), not (4, 4)"),
     ],
 )
 def test_a_model_that_is_not_as_its_config_is_refused(change, said, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         save_siglip(change(our_model()), tokenizer, tmp_path / "a")
     assert str(caught.value).startswith("model is not as its config. ")
+    assert not os.listdir(tmp_path)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_tower(model):
+    model.image = compiled(model.image)
+    return model
+
+
+WRAPPED = {
+    "compiled": compiled,
+    "parallel": torch.nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "both": lambda model: compiled(torch.nn.DataParallel(model)),
+    "part": compiled_tower,
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_a_wrapped_model_is_saved_as_the_model_in_it(how, tokenizer, tmp_path):
+    model = our_model()
+    save_siglip(model, tokenizer, tmp_path / "a")
+    save_siglip(WRAPPED[how](model), tokenizer, tmp_path / "b")
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["compiled", "parallel", "both"])
+def test_what_others_stored_wrapped_is_loaded(how, pieces, tmp_path):
+    theirs = their_model()
+    write_whole(theirs, tmp_path, pieces)
+    expected = bits(load_siglip(tmp_path)[0])
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"net": WRAPPED[how](theirs).state_dict()}, tmp_path / "pytorch_model.bin")
+    assert_equal(load_siglip(tmp_path)[0].state_dict(), expected)
+
+
+def test_a_sharded_model_is_refused_with_what_to_do(tokenizer, tmp_path):
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = our_model()
+        for block in (*model.image.blocks, *model.text.blocks):
+            fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(ValueError, match=r"model is sharded .*whole_model\(training\)"):
+            save_siglip(model, tokenizer, tmp_path / "a")
+    finally:
+        torch.distributed.destroy_process_group()
     assert not os.listdir(tmp_path)
 
 
