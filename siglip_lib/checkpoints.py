@@ -567,8 +567,8 @@ def _fit_positions(
             return None
         said = "no square, and notes no grid" if grid is None else f"not {grid[0]} x {grid[1]}"
         raise ValueError(
-            f"{where} has position embeddings of {count} patches, {said}; give grid=(rows, columns), such as "
-            f"grid={new}, the model's"
+            f"{where} has position embeddings of {count} patches, {said}; give load_weights "
+            f"grid=(rows, columns), such as grid={new}, the model's"
         )
     if (
         count == 0
@@ -599,9 +599,7 @@ def _hint(found: dict[str, Tensor], ours: dict[str, list[Tensor]]) -> str:
         )
     names = {"pos_embed", "embeddings.position_embedding.weight"} & found.keys() & views.keys()
     if any(found[name].shape != views[name].shape for name in names):
-        said += (
-            ". Positions of a grid that is no square are resampled if grid=(rows, columns) names it"
-        )
+        said += ". Positions of a grid that is no square are resampled if load_weights is given grid=(rows, columns)"
     return said
 
 

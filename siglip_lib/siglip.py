@@ -371,7 +371,7 @@ def _read_config(path: Path) -> SigLIPConfig:
         raise ValueError(f"{path.name} asks for what is not here: {'; '.join(differs)}")
     try:
         return SigLIPConfig(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: {error}") from error
 
 
@@ -426,9 +426,12 @@ def _write(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         new, aside = Path(temporary, "new"), _aside(folder)
         new.mkdir()
-        (new / _CONFIG).write_text(_config_json(config), encoding="utf-8")
-        (new / _PIECES).write_bytes(tokenizer.proto)
-        write_tensors(state, new / _WEIGHTS)
+        try:
+            (new / _CONFIG).write_text(_config_json(config), encoding="utf-8")
+            (new / _PIECES).write_bytes(tokenizer.proto)
+            write_tensors(state, new / _WEIGHTS)
+        except OSError as error:  # a full disk, which Python reports without a name
+            raise OSError(f"cannot write {str(folder)!r}: {error}") from error
         if aside.exists():  # of a save that was killed after the new one took the name
             os.rename(aside, Path(temporary, "older"))
         try:

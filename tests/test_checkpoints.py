@@ -441,12 +441,12 @@ def test_a_grid_that_is_neither_noted_nor_square_must_be_given(tmp_path):
     wide, tall, square = tower(img_size=(16, 32)), tower(img_size=(32, 16)), tower()
     for model, like in ((wide, (2, 4)), (tall, (4, 2))):
         assert refused(model, tmp_path / "a.bin") == (
-            "a.bin has position embeddings of 8 patches, no square, and notes no grid; give grid=(rows, columns), "
-            f"such as grid={like}, the model's"
+            "a.bin has position embeddings of 8 patches, no square, and notes no grid; give load_weights "
+            f"grid=(rows, columns), such as grid={like}, the model's"
         )
     said = refused(square, tmp_path / "a.bin")
     assert "pos_embed (1, 8, 24), not (1, 16, 24). Positions of a grid that is no square" in said
-    assert said.endswith("are resampled if grid=(rows, columns) names it")
+    assert said.endswith("are resampled if load_weights is given grid=(rows, columns)")
     assert load_weights(wide, tmp_path / "a.bin", grid=(2, 4)).resampled is None
     assert torch.equal(wide.pos_embed, theirs.pos_embed)
     for model, new in ((tall, (4, 2)), (square, (4, 4))):
@@ -461,8 +461,8 @@ def test_a_grid_that_is_neither_noted_nor_square_must_be_given(tmp_path):
     [
         ("4 x 4", None, "a.safetensors notes grid='4 x 4'; it must be rows and columns, such as"),
         ("", None, "a.safetensors notes grid=''; it must be"),
-        ("3x5", None, "position embeddings of 16 patches, not 3 x 5; give grid="),
-        ("4x4", (3, 5), "position embeddings of 16 patches, not 3 x 5; give grid="),
+        ("3x5", None, "position embeddings of 16 patches, not 3 x 5; give load_weights grid="),
+        ("4x4", (3, 5), "position embeddings of 16 patches, not 3 x 5; give load_weights grid="),
         ("4x4", (0, 16), "grid=0 must be at least 1"),
     ],
 )

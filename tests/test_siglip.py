@@ -802,14 +802,15 @@ def test_a_folder_of_another_beside_it_is_left_alone(tokenizer, tmp_path):
     assert os.listdir(tmp_path / ".a.old") == ["notes.txt"]
 
 
-def test_a_full_disk_is_told_and_leaves_what_was_there(tokenizer, tmp_path):
+@pytest.mark.parametrize("name", ["spiece.model", "model.safetensors"])
+def test_a_full_disk_is_told_and_leaves_what_was_there(name, tokenizer, tmp_path):
     first = our_model().double()  # its weights are the largest file
     save_siglip(first, tokenizer, tmp_path / "a")
-    size = (tmp_path / "a/model.safetensors").stat().st_size
+    size = (tmp_path / "a" / name).stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
-        with pytest.raises(OSError, match=r"^cannot write '.*/model\.safetensors': .*too large"):
+        with pytest.raises(OSError, match=r"^cannot write '.*/a': .*[Ff]ile too large"):
             save_siglip(first, tokenizer, tmp_path / "a")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

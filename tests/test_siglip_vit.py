@@ -136,6 +136,16 @@ def test_weights_under_any_names(layout, tiny, tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in whole.state_dict().items())
 
 
+def test_weights_of_another_grid_of_as_many_patches_are_resampled(tiny, tmp_path):
+    wide = create_siglip_vit(tiny, image_size=(8, 72))
+    save_weights(wide, tmp_path / "wide.safetensors")
+    with pytest.warns(UserWarning, match="from 1 x 9 to 3 x 3"):
+        create_siglip_vit(tiny, ckpt_path=tmp_path / "wide.safetensors")
+    torch.save(create_siglip_vit(tiny).state_dict(), tmp_path / "square.bin")
+    with pytest.warns(UserWarning, match="from 3 x 3 to 1 x 9"):
+        create_siglip_vit(tiny, image_size=(8, 72), ckpt_path=tmp_path / "square.bin")
+
+
 def test_weights_of_another_depth_are_refused(tiny, tmp_path):
     save_weights(create_siglip_vit(tiny, select_layer=3), tmp_path / "part.safetensors")
     with pytest.raises(ValueError, match=r"missing \(12\): blocks\.3\.attn"):
