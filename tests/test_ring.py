@@ -114,6 +114,9 @@ def in_a_process(folder) -> dict:
             except (TypeError, ValueError) as error:
                 found["threw"][name] = f"{type(error).__name__}: {error}"
         found["afterwards"] = ring_sigmoid_loss(X, X, S, S, group=group)
+        found["as transformers stores them"] = ring_sigmoid_loss(
+            X, X, S[None], S[None], group=group
+        )
         half = [x.to(torch.bfloat16).requires_grad_() for x in (X, X)]
         loss = ring_sigmoid_loss(*half, S, S, group=group)
         loss.backward()
@@ -209,3 +212,8 @@ def test_texts_travel_while_a_block_is_computed_and_few_at_a_time(monkeypatch):
 def test_without_a_group_it_says_what_is_missing():
     with pytest.raises(ValueError, match="init_process_group"):
         ring_sigmoid_loss(X, X, S, S)
+
+
+def test_scale_and_bias_as_transformers_stores_them(found):
+    for rank in range(3):
+        assert torch.equal(found[rank]["as transformers stores them"], found[rank]["afterwards"])
