@@ -1,7 +1,8 @@
 """Multi-head self-attention, and the maps of where each token looks."""
 
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,8 @@ def attention_maps(
 
     A map is computed from the layer's own input, so the model's output does not change by a bit. Each chosen layer
     projects q and k a second time and holds ``4 * B * heads * N**2`` bytes: at SO400M's 16 heads and 729 tokens 34 MB
-    for a picture and layer, 918 MB for its 27 layers. A later run overwrites the maps of an earlier one.
+    for a picture and layer, 918 MB for its 27 layers. A later run overwrites the maps of an earlier one. What
+    ``torch.compile`` made runs as it was written meanwhile, since compiled code would pass the layers by.
 
     Args:
         model: any module that contains ``Attention`` or ``AttentionPoolLatent``; maps of the latter are
@@ -140,8 +142,8 @@ def attention_maps(
             the blocks; negative numbers count from the last. All if None.
 
     Yields:
-        A dict from layer name to weights (B, heads, N, N), float32, detached, on the model's device; filled when the
-        model runs.
+        A dict from layer name, as it is without ``torch.compile``, to weights (B, heads, N, N), float32, detached, on
+        the model's device; filled when the model runs.
 
     Raises:
         ValueError: the model has no attention layer, or not the one asked for.
@@ -150,9 +152,7 @@ def attention_maps(
         >>> with attention_maps(model, layers=[0, -1]) as maps:
         ...     model(x)
     """
-    found = [
-        (name, module) for name, module in model.named_modules() if hasattr(module, "attention_map")
-    ]
+    found = list(attention_layers(model).items())
     if not found:
         raise ValueError(f"model={type(model).__name__} contains no attention layer")
     chosen = range(len(found)) if layers is None else list(layers)
@@ -175,7 +175,27 @@ def attention_maps(
         for name, module in (found[i] for i in chosen)
     ]
     try:
-        yield maps
+        with uncompiled():
+            yield maps
     finally:
         for handle in handles:
             handle.remove()
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention layers of ``model``, by name and in order, a pooling head after the blocks."""
+    wrapper = (
+        "_orig_mod"  # where torch.compile keeps the module that it wraps, whose attributes it shows
+    )
+    return {
+        ".".join(part for part in name.split(".") if part != wrapper): module
+        for name, module in model.named_modules()
+        if hasattr(module, "attention_map") and wrapper not in module._modules
+    }
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Run compiled modules as they were written: hooks set after the compilation do not fire in compiled code."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -72,3 +72,28 @@ def finite_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
     if bad:
         names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise ValueError(f"{where} NaN or infinite elements in {names}")
+
+
+def tensor(name: str, x: Tensor, shape: str, integers: bool = False) -> None:
+    """Refuse what is no tensor of floats, or of integers; ``shape`` says which one and what gives such a tensor."""
+    kind = "integers" if integers else "floats"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: {type(x).__name__} found; it must be a tensor of {kind}, {shape}")
+    if x.is_floating_point() == integers:
+        raise TypeError(f"{name}: {x.dtype} found; it must be a tensor of {kind}, {shape}")
+
+
+def pictures(name: str, x: Tensor, channels: int | str = "C") -> None:
+    """Refuse what is no tensor of pictures (B, C, H, W), with any number of channels if that is no number."""
+    shape = f"(B, {channels}, H, W)"
+    tensor(name, x, f"{shape}, such as preprocess makes of pictures")
+    if x.ndim != 4 or (channels != "C" and x.shape[1] != channels):
+        batch = f"; {name}[None] makes a batch of one" if x.ndim == 3 else ""
+        raise ValueError(f"{name} have shape {tuple(x.shape)}; it must be {shape}{batch}")
+
+
+def tokens(name: str, x: Tensor, width: int) -> None:
+    """Refuse what is no tensor of tokens (B, N, width)."""
+    tensor(name, x, f"(B, N, {width})")
+    if x.ndim != 3 or x.shape[2] != width:
+        raise ValueError(f"{name} have shape {tuple(x.shape)}; it must be (B, N, {width})")

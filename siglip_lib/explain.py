@@ -16,8 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_lib.attention import attention_maps, attention_weights
-from siglip_lib.checks import finite, positive_int
+from siglip_lib.attention import (
+    attention_layers,
+    attention_maps,
+    attention_weights,
+    uncompiled,
+)
+from siglip_lib.checks import finite, pictures, positive_int, tensor
 from siglip_lib.vision_transformer import VisionTransformer
 
 
@@ -36,7 +41,7 @@ def pool_attention(tower: VisionTransformer, pixels: Tensor) -> Tensor:
         TypeError: the tower is no ``VisionTransformer``.
         ValueError: the tower has no pooling head or is a stage of a pipeline, or the pictures' shape is wrong.
     """
-    check_tower(tower, pixels)
+    tower = check_tower(tower, pixels)
     with steady(tower, pixels):
         *_, pool = _weights(tower, pixels)
     return _on_grid(tower, pixels, pool.mean(1)[:, 0])
@@ -54,7 +59,7 @@ def rollout(tower: VisionTransformer, pixels: Tensor) -> Tensor:
     Source: Abnar and Zuidema, Quantifying Attention Flow in Transformers (2020), section 3, attention rollout. There
     the last block's class token reads; here it is the pooling head.
     """
-    check_tower(tower, pixels)
+    tower = check_tower(tower, pixels)
     with steady(tower, pixels):
         *blocks, pool = _weights(tower, pixels)
         read = F.pad(pool.mean(1), (tower.num_prefix_tokens, 0))  # (B, 1, prefix + N)
@@ -83,7 +88,7 @@ def gradient_attention(tower: VisionTransformer, pixels: Tensor, text: Tensor) -
     Source: Chefer et al., Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder
     Transformers (2021), section 3, equations 5, 6 and 8 to 10.
     """
-    check_tower(tower, pixels, text)
+    tower = check_tower(tower, pixels, text)
     with steady(tower, pixels):
         *blocks, pool = [
             (weights * gradient).clamp(min=0).mean(1)  # (B, queries, keys)
@@ -107,7 +112,7 @@ def gradient_tokens(tower: VisionTransformer, pixels: Tensor, text: Tensor) -> T
 
     Source: Selvaraju et al., Grad-CAM (2017), section 3; there the gradient is averaged over places before the product.
     """
-    check_tower(tower, pixels, text)
+    tower = check_tower(tower, pixels, text)
     with steady(tower, pixels), _recording(pixels) as pixels:
         tokens = tower.forward_features(pixels)  # (B, prefix + N, D)
         (gradient,) = torch.autograd.grad(_score(tower, tokens, text).sum(), tokens)
@@ -147,7 +152,7 @@ def occlusion(
 
     Source: Zeiler and Fergus, Visualizing and Understanding Convolutional Networks (2014), section 4.2.
     """
-    check_tower(tower, pixels, text)
+    tower = check_tower(tower, pixels, text)
     with steady(tower, pixels), torch.no_grad():
         covered = _over_windows(tower, pixels, text, window, stride, fill, batch_size, alone=False)
         parts = zip(pixels.split(batch_size), text.split(batch_size), strict=True)
@@ -175,7 +180,7 @@ def isolation(
 
     Source: Petsiuk et al., RISE (2018), section 3.1, with square windows in place of random masks.
     """
-    check_tower(tower, pixels, text)
+    tower = check_tower(tower, pixels, text)
     with steady(tower, pixels), torch.no_grad():
         return _over_windows(
             tower, pixels, text, window, stride, fill, batch_size, alone=True
@@ -226,8 +231,11 @@ def _over_windows(
     return share_y.T @ score @ share_x / total
 
 
-def check_tower(tower: VisionTransformer, pixels: Tensor, text: Tensor | None = None) -> None:
-    """Refuse what none of these maps can be made of, before any work."""
+def check_tower(
+    tower: VisionTransformer, pixels: Tensor, text: Tensor | None = None
+) -> VisionTransformer:
+    """Return the tower, without ``torch.compile``'s wrapper; refuse what none of these maps can be made of."""
+    tower = getattr(tower, "_orig_mod", tower)
     if not isinstance(tower, VisionTransformer):
         raise TypeError(f"tower is a {type(tower).__name__}; it must be a VisionTransformer")
     if tower.global_pool != "map":
@@ -236,10 +244,12 @@ def check_tower(tower: VisionTransformer, pixels: Tensor, text: Tensor | None = 
         )
     if not (tower.is_first_stage and tower.is_last_stage):
         raise ValueError("tower is one stage of a pipeline; these maps need the whole")
-    if pixels.ndim != 4 or 0 in pixels.shape:
-        raise ValueError(f"pixels have shape {tuple(pixels.shape)}; it must be (B, C, H, W)")
+    pictures("pixels", pixels)
+    if 0 in pixels.shape:
+        raise ValueError(f"pixels have shape {tuple(pixels.shape)}, which holds nothing")
     if text is None:
-        return
+        return tower
+    tensor("text", text, f"({len(pixels)}, {tower.embed_dim})")
     if text.shape != (len(pixels), tower.embed_dim):
         raise ValueError(
             f"text has shape {tuple(text.shape)}; it must be ({len(pixels)}, {tower.embed_dim}), "
@@ -247,6 +257,7 @@ def check_tower(tower: VisionTransformer, pixels: Tensor, text: Tensor | None = 
         )
     if not (text.isfinite().all() and text.any(1).all()):
         raise ValueError("text holds a vector that is zero or not finite")
+    return tower
 
 
 @contextmanager
@@ -284,6 +295,7 @@ def _weights(tower: VisionTransformer, pixels: Tensor) -> list[Tensor]:
     """Return the attention weights (B, heads, queries, keys) of each block, then of the pooling head."""
     with torch.no_grad(), attention_maps(tower) as maps:
         tower.forward_head(tower.forward_features(pixels))
+    _check_count(tower, len(maps))
     return list(maps.values())
 
 
@@ -295,7 +307,7 @@ def _weights_and_gradients(
     Fast attention never holds its weights, so autograd can't be asked for their gradient. But they act through
     ``out = weights @ v`` alone, and what autograd says of ``out`` is enough: the gradient is ``d out @ v.T``.
     """
-    layers = [module for module in tower.modules() if hasattr(module, "attention_map")]
+    layers = attention_layers(tower).values()
     inputs: list[Tensor] = []  # of each attention, in the order in which they run
     outs: list[Tensor] = []  # what each read, (B, queries, heads * head_dim), before its projection
     handles = []
@@ -308,10 +320,12 @@ def _weights_and_gradients(
                             lambda _, arguments, kept=kept: kept.append(arguments[0])
                         )
                     )
-            score = _score(tower, tower.forward_features(pixels), text)
+            with uncompiled():
+                score = _score(tower, tower.forward_features(pixels), text)
         finally:
             for handle in handles:
                 handle.remove()
+        _check_count(tower, len(inputs))
         gradients = torch.autograd.grad(score.sum(), outs)
     found = []
     with torch.no_grad():
@@ -321,6 +335,16 @@ def _weights_and_gradients(
             gradient = torch.einsum("bqhc,bkhc->bhqk", gradient, v.float())
             found.append((attention_weights(q, k, layer.head_dim**-0.5), gradient))
     return found
+
+
+def _check_count(tower: VisionTransformer, count: int) -> None:
+    """Refuse to go on with fewer attention layers than a map is made of, or more."""
+    expected = len(tower.blocks) + 1
+    if count != expected:
+        raise ValueError(
+            f"tower ran {count} attention layers that show their weights; this map needs {expected}, "
+            "one for each block and the pooling head's"
+        )
 
 
 def _on_grid(tower: VisionTransformer, pixels: Tensor, values: Tensor) -> Tensor:

@@ -5,16 +5,17 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from siglip_lib.checks import pair, positive_int, probability
+from siglip_lib.checks import pair, pictures, positive_int, probability
 
 
 class PatchEmbed(nn.Module):
     """Cut pictures into patches that do not overlap and project each to a token.
 
-    A convolution whose stride is its kernel's size is a matrix product with the patches as rows, and runs as one.
-    Where a side is no multiple of the patch, the pixels right and below the last whole patch are left out: 6 of 384
-    with patches of 14.
+    A convolution whose stride is its kernel's size is a matrix product with the patches as rows, and runs as one. If
+    ``proj`` becomes another layer, or somebody sets a hook on it, it is called instead. Where a side is no multiple of
+    the patch, the pixels right and below the last whole patch are left out: 6 of 384 with patches of 14.
 
     Args:
         img_size: height and width of the pictures in pixels, or one number for both.
@@ -43,20 +44,25 @@ class PatchEmbed(nn.Module):
         dynamic_img_pad: bool = False,
     ) -> None:
         super().__init__()
-        self.img_size = pair("img_size", img_size)
         self.patch_size = pair("patch_size", patch_size)
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
-        # of sizes that vary, this is the grid of the position embeddings: whole patches, as timm counts
-        whole = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
-        self.grid_size = self.dynamic_feat_size(self.img_size) if strict_img_size else whole
-        if 0 in self.grid_size:
-            raise ValueError(f"img_size={img_size!r} holds no patch of {patch_size!r} pixels")
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.set_input_size(img_size)
         positive_int("in_chans", in_chans)
         positive_int("embed_dim", embed_dim)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias)
         self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Take pictures of another ``img_size``, height and width or one number for both."""
+        size = pair("img_size", img_size)
+        # of sizes that vary, this is the grid of the position embeddings: whole patches, as timm counts
+        whole = (size[0] // self.patch_size[0], size[1] // self.patch_size[1])
+        grid = self.dynamic_feat_size(size) if self.strict_img_size else whole
+        if 0 in grid:
+            patch = self.patch_size[0] if len({*self.patch_size}) == 1 else self.patch_size
+            raise ValueError(f"img_size={img_size!r} holds no patch of {patch} pixels")
+        self.img_size, self.grid_size, self.num_patches = size, grid, grid[0] * grid[1]
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of the grid of patches for pictures of ``img_size`` (height, width)."""
@@ -72,6 +78,8 @@ class PatchEmbed(nn.Module):
         height, width = self.patch_size
         if self.dynamic_img_pad:
             x = F.pad(x, (0, columns * width - x.shape[3], 0, rows * height - x.shape[2]))
+        if not self._is_product():
+            return self.norm(self.proj(x).flatten(2).mT)  # (B, N, D)
         x = x[:, :, : rows * height, : columns * width]
         x = x.unflatten(3, (columns, width)).unflatten(
             2, (rows, height)
@@ -79,12 +87,22 @@ class PatchEmbed(nn.Module):
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C * p * p)
         return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))  # (B, N, D)
 
+    def _is_product(self) -> bool:
+        """Whether the projection is nothing but the product: the convolution that was built, which nobody watches."""
+        proj = self.proj
+        return (
+            type(proj) is nn.Conv2d
+            and proj.kernel_size == proj.stride == self.patch_size
+            and (proj.padding, proj.dilation, proj.groups) == ((0, 0), (1, 1), 1)
+            and "forward" not in vars(proj)  # as some libraries replace it
+            and not (proj._forward_hooks or proj._forward_pre_hooks)
+            and not (proj._backward_hooks or proj._backward_pre_hooks)
+            and not _has_any_global_hook()
+        )
+
     def _check(self, x: Tensor) -> None:
-        channels = self.proj.in_channels
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(
-                f"pictures have shape {tuple(x.shape)}; it must be (B, {channels}, H, W)"
-            )
+        # a wrapper may not show how many there are
+        pictures("pictures", x, getattr(self.proj, "in_channels", "C"))
         size = tuple(x.shape[2:])
         if size == self.img_size:
             return

@@ -117,6 +117,8 @@ class SigLIP(nn.Module):
     Args:
         config: sizes of both towers.
         drop_path_rate: of the image tower, see ``VisionTransformer``.
+        weight_init: rule by which both towers start, see there: ``jax``, what timm made of big_vision's, by which the
+            library's shipped weights started, or ``big_vision`` for its code's own.
 
     Attributes:
         image: the image tower, pooled by attention. It takes pictures of other sizes too, in whole patches, and
@@ -125,14 +127,16 @@ class SigLIP(nn.Module):
         logit_scale: logarithm t' of the inverse temperature, shape (), log 10 at the start.
         logit_bias: bias b of the logits, shape (), -10 at the start: most pairs don't match.
 
-    Weights start by timm's form of big_vision's rule, ``jax`` of ``VisionTransformer``, with positions of std .02, and
-    by that of ``TextTransformer``; so did the shipped ones. big_vision's own code draws q, k and v as layers apart,
-    positions with std width to the power -1/2, and the pooling query uniformly with variance 2 / (1 + width).
+    The two rules differ: timm's draws q, k and v as one layer and positions with std .02; big_vision's own code draws
+    q, k and v as layers apart, positions with std width to the power -1/2, and the pooling query uniformly with
+    variance 2 / (1 + width).
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 3.2.
     """
 
-    def __init__(self, config: SigLIPConfig, *, drop_path_rate: float = 0.0) -> None:
+    def __init__(
+        self, config: SigLIPConfig, *, drop_path_rate: float = 0.0, weight_init: str = "jax"
+    ) -> None:
         super().__init__()
         self.config = config
         self.image = VisionTransformer(
@@ -147,7 +151,7 @@ class SigLIP(nn.Module):
             class_token=False,
             dynamic_img_size=True,
             drop_path_rate=drop_path_rate,
-            weight_init="jax",
+            weight_init=weight_init,
         )
         self.text = TextTransformer(
             vocab_size=config.vocab_size,
@@ -157,6 +161,7 @@ class SigLIP(nn.Module):
             num_heads=config.text_heads,
             mlp_ratio=_ratio(config.text_mlp_hidden, config.text_width),
             embed_dim=config.width,
+            weight_init=weight_init,
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from siglip_lib.block import Block
-from siglip_lib.checks import count, positive_int
+from siglip_lib.checks import count, positive_int, tensor
 from siglip_lib.layers import GELU_TANH
 from siglip_lib.vision_transformer import LAYER_NORM
-from siglip_lib.weight_init import init_weights_vit_jax, named_apply
+from siglip_lib.weight_init import init_rule, lecun_normal_, named_apply, reset_parameters
 
 PAD, EOS, UNKNOWN = 0, 1, 2  # as in SigLIP's vocabulary; the first is never used
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -132,11 +132,11 @@ class TextTransformer(nn.Module):
         num_heads: heads of each attention; divides ``width``.
         mlp_ratio: hidden channels of an MLP over D, rounded down.
         embed_dim: channels of the output.
+        weight_init: rule by which the linear layers start, a name as for ``VisionTransformer``: ``big_vision`` for its
+            code's own, ``jax`` for what timm made of that, by which the library's shipped weights started. Embeddings
+            of tokens and positions are normal with std D to the power -1/2, as big_vision's.
 
     Shapes: token ids (B, N), int64 or int32, to (B, embed_dim).
-
-    Weights start as in big_vision: embeddings normal with std D to the power -1/2, linear layers by
-    ``init_weights_vit_jax``.
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 4, and its code (big_vision,
     models/proj/image_text/text_transformer.py).
@@ -151,8 +151,11 @@ class TextTransformer(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         embed_dim: int,
+        *,
+        weight_init: str = "jax",
     ) -> None:
         super().__init__()
+        self.weight_init = weight_init
         positive_int("context_length", context_length)
         positive_int("width", width)
         self.token_embed = nn.Embedding(positive_int("vocab_size", vocab_size), width)
@@ -172,19 +175,31 @@ class TextTransformer(nn.Module):
         )
         self.norm = LAYER_NORM(width)
         self.head = nn.Linear(width, positive_int("embed_dim", embed_dim))
-        self.init_weights()
+        self._apply_rule()
 
     def init_weights(self) -> None:
-        """Draw all weights anew."""
+        """Draw all weights anew, as building the model does; see ``VisionTransformer.init_weights``."""
+        reset_parameters(self)
+        self._apply_rule()
+
+    def _apply_rule(self) -> None:
+        rule = init_rule(self.weight_init)
         std = self.pos_embed.shape[-1] ** -0.5
         nn.init.normal_(self.token_embed.weight, std=std)
         nn.init.normal_(self.pos_embed, std=std)
-        named_apply(init_weights_vit_jax, self.blocks, "blocks")
-        # without its name: the rule starts a classifier, which it knows by that, with zeros
-        init_weights_vit_jax(self.head)
+        named_apply(rule, self.blocks, "blocks")
+        if self.weight_init == "big_vision":
+            lecun_normal_(self.head)
+        else:
+            rule(
+                self.head
+            )  # without its name: by that a rule knows a classifier, which may start with zeros
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = self.pos_embed.shape[1]
+        tensor(
+            "tokens", tokens, f"(B, {length}), such as a Tokenizer makes of texts", integers=True
+        )
         if tokens.ndim != 2 or tokens.shape[1] != length:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; it must be (B, {length})")
         x = self.token_embed(tokens) + self.pos_embed  # (B, N, D)

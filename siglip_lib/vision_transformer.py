@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from siglip_lib.attention_pool import AttentionPoolLatent
 from siglip_lib.block import Block
-from siglip_lib.checks import count, positive_int, probability
+from siglip_lib.checks import count, pair, positive_int, probability, tokens
 from siglip_lib.layers import GELU_TANH, Mlp
 from siglip_lib.patches import PatchDropout, PatchEmbed, resample_abs_pos_embed
 from siglip_lib.trunc_normal import trunc_normal_
-from siglip_lib.weight_init import init_rule, named_apply
+from siglip_lib.weight_init import init_rule, named_apply, reset_parameters
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # SigLIP's, and big_vision's
 POOLS = ("token", "avg", "map", "")
@@ -46,8 +47,9 @@ class VisionTransformer(nn.Module):
         drop_rate, pos_drop_rate, patch_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the linear head, after
             the positions, of whole patches, of projections and MLPs, and of attention weights; each in [0, 1).
         drop_path_rate: probability of dropping a branch in the last block; it grows linearly from 0 in the first.
-        weight_init: ``""`` for timm's rule, ``jax``, ``jax_nlhb`` (its head starts at -log(num_classes)) or ``moco``,
-            or ``skip`` for what PyTorch's layers start with.
+        weight_init: ``""`` for timm's rule, ``jax`` for what timm made of big_vision's, ``jax_nlhb`` (its head starts
+            at -log(num_classes)), ``big_vision`` for big_vision's own, ``moco``, or ``skip`` for what PyTorch's layers
+            start with, and zeros for positions and tokens.
         embed_layer, block_fn, mlp_layer: classes of these parts, called with the arguments of the library's own.
         norm_layer: class of the norms; LayerNorm with an epsilon of 1e-6 if None.
         act_layer: class of the activations; GELU in its tanh approximation, SigLIP's, if None. timm's default is
@@ -115,7 +117,9 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"num_recomputing_layers={num_recomputing_layers}; depth is {depth}")
         norm_layer = norm_layer or LAYER_NORM
         act_layer = act_layer or GELU_TANH
-        self.embed_dim = self.num_features = positive_int("embed_dim", embed_dim)
+        self.embed_dim = positive_int("embed_dim", embed_dim)
+        self.num_features = self.head_hidden_size = embed_dim  # timm's names
+        self._reduction = max(pair("patch_size", patch_size))
         self.has_class_token = class_token
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.no_embed_class = no_embed_class
@@ -181,18 +185,45 @@ class VisionTransformer(nn.Module):
         self.head_drop = nn.Dropout(probability("drop_rate", drop_rate))
         self.num_classes = num_classes
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self.init_weights()
+        self._apply_rule()
 
     def init_weights(self) -> None:
-        """Draw all weights anew, by the rule that ``weight_init`` names."""
+        """Draw all weights anew, as building the model does: the same for the same seed.
+
+        Also those of a model that was built on the ``meta`` device and then got memory by ``to_empty``.
+
+        Raises:
+            TypeError: a part has weights of its own and no method ``reset_parameters`` or ``init_weights``.
+        """
+        reset_parameters(self)
+        for own in (self.pos_embed, self.cls_token, self.reg_token):
+            if own is not None:
+                nn.init.zeros_(own)
+        self._apply_rule()
+
+    def _apply_rule(self) -> None:
+        """Change what the layers and the zeros of this class start with by the rule that ``weight_init`` names."""
         if self.weight_init == "skip":
             return
         init = init_rule(self.weight_init, self.num_classes)
-        trunc_normal_(self.pos_embed, std=0.02)
-        for token in (self.cls_token, self.reg_token):
-            if token is not None:
-                nn.init.normal_(token, std=1e-6)
+        by_big_vision = self.weight_init == "big_vision"
+        if self.pos_embed is not None and by_big_vision:
+            nn.init.normal_(self.pos_embed, std=self.embed_dim**-0.5)
+        elif self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None and not by_big_vision:  # there it stays zero
+            nn.init.normal_(self.cls_token, std=1e-6)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6)
         named_apply(init, self, include_root=False)
+
+    @property
+    def feature_info(self) -> list[dict[str, object]]:
+        """What ``forward_intermediates`` gives for each block, in timm's form: module, channels, pixels of a patch."""
+        return [
+            {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": self._reduction}
+            for i in range(len(self.blocks))
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_features(x)
@@ -200,28 +231,18 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, x: Tensor, seen: dict[str, Tensor] | None = None) -> Tensor:
         """Return the tokens (B, prefix + N, D) after the last norm; fill ``seen``, if given, with every stage."""
-
-        def stage(name: str, x: Tensor) -> Tensor:
-            if seen is not None:
-                seen[name] = x
+        x = self._through_blocks(x, len(self.blocks), seen)
+        if not self.is_last_stage:
             return x
-
-        if self.is_first_stage:
-            grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
-            x = stage("patches", self.patch_embed(x))  # (B, N, D)
-            x = stage("positions", self._add_positions(x, grid))  # (B, prefix + N, D)
-            x = self.norm_pre(self.patch_drop(x))
-        for i, block in enumerate(self.blocks):
-            if isinstance(block, nn.Identity):  # another pipeline stage has it
-                continue
-            if i < self.num_recomputing_layers and self.training and torch.is_grad_enabled():
-                x = stage(f"blocks.{i}", checkpoint(block, x, use_reentrant=False))
-            else:
-                x = stage(f"blocks.{i}", block(x))  # (B, prefix + N, D)
-        return stage("norm", self.norm(x)) if self.is_last_stage else x
+        x = self.norm(x)
+        if seen is not None:
+            seen["norm"] = x
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, prefix + N, D) to (B, D), then classify unless ``pre_logits`` or there are no classes."""
+        _need(self.is_last_stage, "forward_head", "the last stage of a pipeline")
+        tokens("tokens", x, self.embed_dim)
         if self.global_pool == "map":
             x = self.attn_pool(x[:, self.num_prefix_tokens :])
         elif self.global_pool == "avg":
@@ -235,12 +256,13 @@ class VisionTransformer(nn.Module):
         """Run the model and return what every stage gave, in order, by name.
 
         Names: ``patches`` (B, N, D); ``positions``, ``blocks.0`` to the last block, ``norm``, each (B, prefix + N, D);
-        ``pooled`` (B, D), what the model returns where there are no classes; ``logits`` where there are some.
+        ``pooled`` (B, D), what the model returns where there are no classes; ``logits`` where there are some. A stage
+        of a pipeline gives those that it has.
         """
         seen: dict[str, Tensor] = {}
-        tokens = self.forward_features(x, seen)
+        x = self.forward_features(x, seen)
         if self.is_last_stage and not self.ignore_head:
-            seen["pooled"] = self.forward_head(tokens, pre_logits=True)
+            seen["pooled"] = self.forward_head(x, pre_logits=True)
             if self.num_classes:
                 seen["logits"] = self.head(seen["pooled"])
         return seen
@@ -253,7 +275,9 @@ class VisionTransformer(nn.Module):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], ...]:
-        """Return the patch tokens after some of the blocks.
+        """Return the patch tokens after some of the blocks, in the order asked for.
+
+        timm gives them in the order of the blocks, as ``forward_intermediates`` does.
 
         Args:
             x: pictures (B, C, H, W).
@@ -266,30 +290,96 @@ class VisionTransformer(nn.Module):
             ValueError: a block that is not there, a grid while patches are being dropped, or the model is one stage of
                 a pipeline.
         """
-        if not (self.is_first_stage and self.is_last_stage):
-            raise ValueError("get_intermediate_layers needs the whole model, not a stage of it")
-        depth = len(self.blocks)
-        wanted = range(depth - n, depth) if isinstance(n, int) else list(n)
-        for i in [*wanted] or [depth]:
-            if not -depth <= i < depth or (isinstance(n, int) and i < 0):
-                raise ValueError(f"n={n!r} asks for blocks that are not there; there are {depth}")
-        if reshape and self.training and self.patch_drop.prob:
-            raise ValueError("reshape=True needs every patch; patch_drop_rate drops some")
-        seen: dict[str, Tensor] = {}
-        self.forward_features(x, seen)
-        outputs = [seen[f"blocks.{i % depth}"] for i in wanted]
-        outputs = [self.norm(out) if norm else out for out in outputs]
-        prefixes = [out[:, : self.num_prefix_tokens] for out in outputs]
-        patches = [out[:, self.num_prefix_tokens :] for out in outputs]
+        self._need_whole("get_intermediate_layers")
+        numbers = self._block_numbers("n", n)
         if reshape:
-            grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
-            patches = [p.transpose(1, 2).unflatten(2, grid).contiguous() for p in patches]
+            self._check_grid("reshape=True")
+        seen: dict[str, Tensor] = {}
+        self._through_blocks(x, max(numbers) + 1, seen)
+        outputs = [seen[f"blocks.{i}"] for i in numbers]
+        patches, prefixes = self._split(outputs, norm, x if reshape else None)
         return (
             tuple(zip(patches, prefixes, strict=True)) if return_prefix_tokens else tuple(patches)
         )
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> object:
+        """Return the tokens after the last norm, and the patch tokens after some of the blocks, as timm does.
+
+        Args:
+            x: pictures (B, C, H, W).
+            indices: the last so many blocks, or a sequence of their numbers; all if None. The order is the blocks'.
+            return_prefix_tokens: give pairs (patch tokens, class and register tokens), if the model has such tokens.
+            norm: apply the last norm to the patch tokens too.
+            stop_early: end with the last block asked for; the first result is then what that one gave, normalised.
+            output_fmt: ``NCHW`` for patch tokens (B, D, rows, columns), ``NLC`` for (B, N, D).
+            intermediates_only: return only the list.
+            output_dict: return a dict of ``image_features``, ``image_intermediates`` and, if asked for and there,
+                ``image_intermediates_prefix``.
+
+        Returns:
+            (tokens (B, prefix + N, D), list of patch tokens), the list alone, or the dict.
+
+        Raises:
+            ValueError: as for ``get_intermediate_layers``, or another ``output_fmt``.
+
+        Source: timm, models/vision_transformer.py (names and results).
+        """
+        self._need_whole("forward_intermediates")
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r} is unknown; allowed are 'NCHW', 'NLC'")
+        if output_fmt == "NCHW":
+            self._check_grid("output_fmt='NCHW'")
+        depth = len(self.blocks)
+        numbers = {*self._block_numbers("indices", depth if indices is None else indices)}
+        seen: dict[str, Tensor] = {}
+        last = self._through_blocks(x, max(numbers) + 1 if stop_early else depth, seen)
+        outputs = [seen[f"blocks.{i}"] for i in sorted(numbers)]
+        found, prefixes = self._split(outputs, norm, x if output_fmt == "NCHW" else None)
+        with_prefixes = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            parts = {"image_intermediates": found}
+            if with_prefixes:
+                parts["image_intermediates_prefix"] = prefixes
+            return parts if intermediates_only else parts | {"image_features": self.norm(last)}
+        if with_prefixes:
+            found = list(zip(found, prefixes, strict=True))
+        return found if intermediates_only else (self.norm(last), found)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Take pictures of another size from now on, and resample the position embeddings to their grid.
+
+        Where the grid changes, ``pos_embed`` is a new parameter, which an optimizer made before does not know. Unlike
+        timm's, this leaves the patches' size alone.
+
+        Args:
+            img_size: height and width of the pictures in pixels, or one number for both.
+
+        Raises:
+            ValueError: the size holds no patch, or the model is a stage of a pipeline that takes no pictures.
+        """
+        _need(self.is_first_stage, "set_input_size", "the first stage of a pipeline")
+        old = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size)
+        new = self.patch_embed.grid_size
+        if new != old:
+            positions = resample_abs_pos_embed(
+                self.pos_embed.detach(), new, old, self._num_embedded_prefix
+            )
+            self.pos_embed = nn.Parameter(positions, self.pos_embed.requires_grad)
+
     def get_classifier(self) -> nn.Module:
         """Return the linear head."""
+        _need(self.is_last_stage, "get_classifier", "the last stage of a pipeline")
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -374,13 +464,43 @@ class VisionTransformer(nn.Module):
             self.norm = self.fc_norm = self.head = nn.Identity()
         return self
 
+    def _through_blocks(self, x: Tensor, end: int, seen: dict[str, Tensor] | None) -> Tensor:
+        """Embed pictures and run the first ``end`` blocks; fill ``seen``, if given, with every stage."""
+
+        def stage(name: str, x: Tensor) -> Tensor:
+            if seen is not None:
+                seen[name] = x
+            return x
+
+        if self.is_first_stage:
+            patches = stage("patches", self.patch_embed(x))  # (B, N, D)
+            grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
+            x = stage("positions", self._add_positions(patches, grid))  # (B, prefix + N, D)
+            x = self.norm_pre(self.patch_drop(x))
+        else:
+            tokens("tokens", x, self.embed_dim)
+        for i, block in enumerate(self.blocks):
+            if i == end:
+                break
+            if isinstance(block, nn.Identity):  # another pipeline stage has it
+                continue
+            if i < self.num_recomputing_layers and self.training and torch.is_grad_enabled():
+                x = stage(f"blocks.{i}", checkpoint(block, x, use_reentrant=False))
+            else:
+                x = stage(f"blocks.{i}", block(x))  # (B, prefix + N, D)
+        return x
+
+    @property
+    def _num_embedded_prefix(self) -> int:
+        """How many of the position embeddings belong to class and register tokens."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
     def _add_positions(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Add positions to patches (B, N, D) and put class and register tokens before them."""
         positions = self.pos_embed
         if self.dynamic_img_size:
-            embedded_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
             positions = resample_abs_pos_embed(
-                positions, grid, self.patch_embed.grid_size, embedded_prefix
+                positions, grid, self.patch_embed.grid_size, self._num_embedded_prefix
             )
         prefix = [t for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = [token.expand(x.shape[0], -1, -1) for token in prefix]
@@ -395,3 +515,39 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"global_pool={global_pool!r} is unknown; allowed are {POOLS}")
         if global_pool == "token" and not self.has_class_token:
             raise ValueError("global_pool='token' needs class_token=True")
+
+    def _block_numbers(self, name: str, asked: int | Sequence[int]) -> list[int]:
+        """Return the numbers of the last ``asked`` blocks, or of those in a sequence, all counted from 0."""
+        depth = len(self.blocks)
+        last = isinstance(asked, Integral)
+        numbers = list(range(depth - asked, depth) if last else asked)
+        if not numbers or not all((0 if last else -depth) <= i < depth for i in numbers):
+            raise ValueError(
+                f"{name}={asked!r} asks for blocks that are not there; there are {depth}"
+            )
+        return [i % depth for i in numbers]
+
+    def _split(
+        self, outputs: list[Tensor], norm: bool, pictures: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Split outputs of blocks into patch tokens, on the grid of ``pictures`` if given, and prefix tokens."""
+        outputs = [self.norm(out) if norm else out for out in outputs]
+        prefixes = [out[:, : self.num_prefix_tokens] for out in outputs]
+        patches = [out[:, self.num_prefix_tokens :] for out in outputs]
+        if pictures is not None:
+            grid = self.patch_embed.dynamic_feat_size(pictures.shape[2:])
+            patches = [p.transpose(1, 2).unflatten(2, grid).contiguous() for p in patches]
+        return patches, prefixes
+
+    def _check_grid(self, why: str) -> None:
+        if self.training and self.patch_drop.prob:
+            raise ValueError(f"{why} needs every patch; patch_drop_rate drops some")
+
+    def _need_whole(self, method: str) -> None:
+        whole = self.is_first_stage and self.is_last_stage
+        _need(whole, method, "the whole model, not a stage of it")
+
+
+def _need(there: bool, method: str, part: str) -> None:
+    if not there:
+        raise ValueError(f"{method} needs {part}")

@@ -1,4 +1,4 @@
-"""Weight initialisation: one rule, applied to every submodule. timm's is SigLIP's here; two others by name."""
+"""Weight initialisation: one rule, applied to every submodule. timm's is the default; others by name."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import nn
 
+from siglip_lib.attention_pool import AttentionPoolLatent
 from siglip_lib.trunc_normal import trunc_normal_
 
 
@@ -61,28 +62,70 @@ def init_weights_vit_timm(module: nn.Module, name: str = "") -> None:
 
 
 def init_weights_vit_jax(module: nn.Module, name: str = "", head_bias: float = 0.0) -> None:
-    """Initialise one module in place as big_vision does; arguments as ``init_weights_vit_timm``.
+    """Initialise one module in place by what timm made of big_vision's rule; arguments as ``init_weights_vit_timm``.
 
     Linear: weight uniform with variance 2 / (inputs + outputs), bias zero, or of std 1e-6 in an MLP. The classifier
     (``head``): weight zero, bias ``head_bias``. Convolution: truncated normal of variance 1 / inputs, bias zero.
 
-    Source: big_vision, models/vit.py; timm's ``init_weights_vit_jax``.
+    It is not what big_vision does: here q, k and v are one matrix with three times the outputs, k and v of a pooling
+    head one with twice the outputs, and so their variance is a half or two thirds of big_vision's. See
+    ``init_weights_big_vision``.
+
+    Source: timm's ``init_weights_vit_jax``.
     """
     if isinstance(module, nn.Linear) and name.startswith("head"):
-        nn.init.zeros_(module.weight)
-        nn.init.constant_(module.bias, head_bias)
+        _classifier_(module, head_bias)
     elif isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.normal_(module.bias, std=1e-6 if "mlp" in name else 0.0)
+        _bias_(module, name)
     elif isinstance(module, nn.Conv2d):
-        # cut at 2 sigma, a normal keeps .8796 of its standard deviation
-        std = module.weight[0].numel() ** -0.5 / 0.87962566103423978
-        trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        lecun_normal_(module)
     elif hasattr(module, "init_weights"):
         module.init_weights()
+
+
+def init_weights_big_vision(module: nn.Module, name: str = "") -> None:
+    """Initialise one module in place as big_vision does; arguments as ``init_weights_vit_timm``.
+
+    As ``init_weights_vit_jax``, but q, k and v count as layers of their own, and the learned queries of a pooling head
+    are uniform with variance 2 / (queries + channels).
+
+    Source: big_vision, models/vit.py, whose attention is flax's, with a matrix each for q, k and v.
+    """
+    if isinstance(module, AttentionPoolLatent):
+        module.init_weights()
+        nn.init.xavier_uniform_(module.latent.detach()[0])  # (queries, channels)
+    elif isinstance(module, nn.Linear) and name.startswith("head"):
+        _classifier_(module, 0.0)
+    elif isinstance(module, nn.Linear):
+        parts = {"qkv": 3, "kv": 2}.get(name.rpartition(".")[2], 1)
+        for part in module.weight.detach().chunk(parts):
+            nn.init.xavier_uniform_(part)
+        _bias_(module, name)
+    elif isinstance(module, nn.Conv2d):
+        lecun_normal_(module)
+    elif hasattr(module, "init_weights"):
+        module.init_weights()
+
+
+def lecun_normal_(module: nn.Linear | nn.Conv2d) -> None:
+    """Draw the weight from a normal of variance 1 / inputs, cut at two standard deviations; the bias is zero."""
+    # cut at 2 sigma, a normal keeps .8796 of its standard deviation
+    std = module.weight[0].numel() ** -0.5 / 0.87962566103423978
+    trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _classifier_(head: nn.Linear, bias: float) -> None:
+    nn.init.zeros_(head.weight)
+    if head.bias is not None:
+        nn.init.constant_(head.bias, bias)
+
+
+def _bias_(linear: nn.Linear, name: str) -> None:
+    if linear.bias is not None:
+        nn.init.normal_(linear.bias, std=1e-6 if "mlp" in name else 0.0)
 
 
 def init_weights_vit_moco(module: nn.Module, name: str = "") -> None:
@@ -102,17 +145,43 @@ def init_weights_vit_moco(module: nn.Module, name: str = "") -> None:
         module.init_weights()
 
 
-def init_rule(weight_init: str, num_classes: int) -> Callable[[nn.Module, str], None]:
-    """Return the rule that a ``VisionTransformer`` with that ``weight_init`` applies to its submodules."""
+def reset_parameters(model: nn.Module) -> None:
+    """Let every part of ``model`` but itself start anew as its constructor does, in the order in which it was built.
+
+    Raises:
+        TypeError: a part has weights of its own and no method ``reset_parameters`` or ``init_weights``.
+    """
+
+    def start(module: nn.Module) -> Callable[[], None] | None:
+        return getattr(module, "reset_parameters", getattr(module, "init_weights", None))
+
+    def restart(module: nn.Module, name: str) -> None:
+        if start(module) is not None:
+            start(module)()
+
+    for name, module in model.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if own and module is not model and start(module) is None:
+            raise TypeError(
+                f"{name} is a {type(module).__name__}, whose weights can't be drawn anew: "
+                "its class has neither reset_parameters() nor init_weights()"
+            )
+    named_apply(restart, model, include_root=False)
+
+
+def init_rule(weight_init: str, num_classes: int = 0) -> Callable[[nn.Module, str], None]:
+    """Return the rule that a model with that ``weight_init`` applies to its submodules."""
     rules = {
         "": init_weights_vit_timm,
         "jax": init_weights_vit_jax,
         # "negative log head bias": every class starts at probability 1 / num_classes under a sigmoid
         "jax_nlhb": partial(init_weights_vit_jax, head_bias=-math.log(max(num_classes, 1))),
+        "big_vision": init_weights_big_vision,
         "moco": init_weights_vit_moco,
+        "skip": lambda module, name="": None,
     }
     if weight_init not in rules:
         raise ValueError(
-            f"weight_init={weight_init!r} is unknown; allowed are {', '.join(map(repr, rules))}, 'skip'"
+            f"weight_init={weight_init!r} is unknown; allowed are {', '.join(map(repr, rules))}"
         )
     return rules[weight_init]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from comparing import randomized
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from siglip_lib import VisionTransformer, attention, attention_maps, attention_pool
 from siglip_lib.explain import (
@@ -390,3 +391,86 @@ def test_windows_refuse(options, error, message):
 def test_the_length_of_a_text_plays_no_part(method, length):
     tower, (pixels, text) = make(), given()
     assert_same_map(method(tower, pixels, text * length), method(tower, pixels, text))
+
+
+# --- what is between the layers and the hooks ---
+
+
+def compiled_blocks(tower: VisionTransformer) -> VisionTransformer:
+    for block in tower.blocks:
+        block.compile(backend="eager")
+    return tower
+
+
+def compiled_parts(tower: VisionTransformer) -> VisionTransformer:
+    for i, block in enumerate(tower.blocks):
+        block.attn = torch.compile(block.attn, backend="eager")
+        tower.blocks[i] = torch.compile(block, backend="eager")
+    return tower
+
+
+def compiled_whole(tower: VisionTransformer) -> VisionTransformer:
+    tower.compile(backend="eager")
+    return tower
+
+
+def compiled_wrapper(tower: VisionTransformer) -> VisionTransformer:
+    return torch.compile(tower, backend="eager")
+
+
+def checkpointed(tower: VisionTransformer) -> VisionTransformer:
+    for i, block in enumerate(tower.blocks):
+        tower.blocks[i] = checkpoint_wrapper(block)
+    return tower
+
+
+CHANGES = [compiled_blocks, compiled_parts, compiled_whole, compiled_wrapper, checkpointed]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_every_layer_is_seen_in_a_tower_that_was_compiled_or_checkpointed(change):
+    tower, (pixels, text) = make(depth=1), given()
+    with torch.no_grad(), attention_maps(tower) as expected:
+        tower(pixels)
+    maps = rollout(tower, pixels), gradient_attention(tower, pixels, text)
+    tower = change(tower)
+    tower(pixels)
+    with torch.no_grad():
+        tower(pixels)  # compiled for both modes, before any hook is set
+        with attention_maps(tower) as found:
+            tower(pixels)
+    if change is not checkpointed:  # whose names say what wraps the blocks
+        assert found.keys() == expected.keys()
+    torch.testing.assert_close([*found.values()], [*expected.values()])
+    assert_same_map(rollout(tower, pixels), maps[0])
+    assert_same_map(gradient_attention(tower, pixels, text), maps[1])
+
+
+@pytest.mark.parametrize("method", [rollout, gradient_attention])
+def test_a_block_that_shows_no_weights_is_not_left_out(method):
+    tower, given_ = make(depth=3), given()
+    tower.blocks[1] = torch.nn.Sequential(torch.nn.LayerNorm(48), torch.nn.Linear(48, 48))
+    with pytest.raises(
+        ValueError, match="ran 3 attention layers that show their weights; this map needs 4"
+    ):
+        method(tower, *given_[: 2 if method is gradient_attention else 1])
+
+
+@each_method
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        ([[0.0]], "pixels: list found; it must be a tensor of floats, (B, C, H, W)"),
+        (torch.zeros(2, 3, *SIZE, dtype=torch.uint8), "pixels: torch.uint8 found; it must be"),
+    ],
+)
+def test_refuses_what_are_no_pictures(method, pixels, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        method(make(), pixels, torch.ones(2, 48))
+
+
+@each_of_text
+@pytest.mark.parametrize(("text", "kind"), [("a cat", "str"), (torch.ones(2, 48).long(), "int64")])
+def test_refuses_what_is_no_vector(method, text, kind):
+    with pytest.raises(TypeError, match=rf"text: .*{kind} found; .* floats, \(2, 48\)"):
+        method(make(), given()[0], text)
