@@ -6,6 +6,7 @@ matplotlib is imported when a picture is drawn, not before: importing the librar
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,23 +105,42 @@ def plot_histogram(
 def show_attention(
     ax: Axes, image: Image, weights: Tensor, token: int | None = None, title: str = ""
 ) -> None:
-    """Draw attention weights (N,), N a square, over a picture; mark the patch ``token`` that looks."""
-    side = round(weights.numel() ** 0.5)
-    if side * side != weights.numel():
-        raise ValueError(
-            f"weights has {weights.numel()} entries; it must be a square number of patches"
-        )
+    """Draw attention weights over a picture; mark the patch that looks.
+
+    Args:
+        ax: where to draw.
+        image: the picture that the patches cover.
+        weights: (rows, columns), or (N,) for a square grid on a square picture.
+        token: the patch to mark, counted along the rows; none if None.
+        title: above the picture.
+
+    Raises:
+        ValueError: weights of another shape, flat ones whose grid can't be known, or a token that is no patch.
+    """
     width, height = image.size
+    side = math.isqrt(weights.numel())
+    if weights.ndim == 1 and (side * side != weights.numel() or width != height):
+        raise ValueError(
+            f"weights has {weights.numel()} entries; it must be a square number of patches, and the picture of "
+            f"{width} x {height} pixels a square, or the weights (rows, columns)"
+        )
+    if weights.ndim not in (1, 2) or not weights.numel():
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be (rows, columns)")
+    grid = (
+        weights.detach().float().cpu().reshape((side, side) if weights.ndim == 1 else weights.shape)
+    )
+    rows, columns = grid.shape
+    if token is not None and not 0 <= token < grid.numel():
+        raise ValueError(f"token={token} must lie in 0 to {grid.numel() - 1}")
     ax.imshow(image.convert("L"), cmap="gray", extent=(0, width, height, 0))
-    grid = weights.detach().float().cpu().reshape(side, side)
     ax.imshow(
         grid, cmap="viridis", alpha=0.65, extent=(0, width, height, 0), interpolation="nearest"
     )
     if token is not None:
-        row, column = divmod(token, side)
+        row, column = divmod(token, columns)
         ax.plot(
-            (column + 0.5) * width / side,
-            (row + 0.5) * height / side,
+            (column + 0.5) * width / columns,
+            (row + 0.5) * height / rows,
             "s",
             color=COLOURS[1],
             markersize=7,

@@ -49,6 +49,123 @@ def test_is_the_convolution(size):
     torch.testing.assert_close(embed(x), grid.flatten(2).mT, rtol=0, atol=1e-12)
 
 
+class Scaled(nn.Module):
+    """A wrapper that shows nothing of what it wraps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def subclass(embed):
+    embed.proj.__class__ = Doubled
+
+
+def wrapper(embed):
+    embed.proj = Scaled(embed.proj)
+
+
+def forward_hook(embed):
+    embed.proj.register_forward_hook(lambda module, inputs, out: 2 * out)
+
+
+def forward_pre_hook(embed):
+    nn.init.zeros_(embed.proj.bias)
+    embed.proj.register_forward_pre_hook(lambda module, inputs: 2 * inputs[0])
+
+
+def replaced_forward(embed):
+    forward = embed.proj.forward
+    embed.proj.forward = lambda x: 2 * forward(x)
+
+
+def parametrization(embed):
+    nn.init.zeros_(embed.proj.bias)
+    nn.utils.parametrizations.weight_norm(embed.proj).weight = 2 * embed.proj.weight
+
+
+CHANGES = [subclass, wrapper, forward_hook, forward_pre_hook, replaced_forward, parametrization]
+
+
+@pytest.mark.parametrize("size", [(24, 24), (27, 27)])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_calls_a_projection_that_is_no_plain_convolution(change, size):
+    embed = randomized(PatchEmbed(size, 8, embed_dim=10)).double()
+    x = pictures({}, size)
+    change(embed)
+    torch.testing.assert_close(embed(x), embed.proj(x).flatten(2).mT, rtol=0, atol=1e-12)
+    doubled = embed(x)
+    plain = PatchEmbed(size, 8, embed_dim=10).double()
+    plain.load_state_dict({"proj.weight": weight_of(embed.proj), "proj.bias": bias_of(embed.proj)})
+    factor = 1 if change is parametrization else 2
+    torch.testing.assert_close(doubled, factor * plain(x), rtol=0, atol=1e-12)
+
+
+def weight_of(proj):
+    return getattr(proj, "inner", proj).weight.detach()
+
+
+def bias_of(proj):
+    return getattr(proj, "inner", proj).bias.detach()
+
+
+def test_spectral_norms_hook_takes_its_steps():
+    embed = randomized(PatchEmbed(24, 8, embed_dim=10))
+    embed.proj = nn.utils.spectral_norm(embed.proj)
+    out = embed(torch.randn(1, 3, 24, 24))
+    assert torch.linalg.matrix_norm(embed.proj.weight.flatten(1), 2).item() < 1.5
+    out.sum().backward()
+    assert embed.proj.weight_orig.grad.abs().max() > 0
+
+
+def test_hooks_of_all_modules_and_of_gradients_see_the_projection():
+    embed, seen = PatchEmbed(24, 8, embed_dim=10), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        embed(torch.randn(1, 3, 24, 24))
+    finally:
+        handle.remove()
+    assert embed.proj in seen
+    seen.clear()
+    embed.proj.register_full_backward_hook(lambda m, *_: seen.append(m))
+    embed(torch.randn(1, 3, 24, 24, requires_grad=True)).sum().backward()
+    assert seen == [embed.proj]
+
+
+def test_a_convolution_of_another_kind_runs_as_it_is():
+    embed = PatchEmbed(24, 8, embed_dim=10)
+    embed.proj = nn.Conv2d(3, 10, 8, stride=4, padding=2)
+    x = torch.randn(1, 3, 24, 24)
+    assert torch.equal(embed(x), embed.proj(x).flatten(2).mT)
+
+
+def test_a_plain_convolution_runs_as_a_product(monkeypatch):
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda *_: pytest.fail("the convolution ran"))
+    assert PatchEmbed(24, 8, embed_dim=10)(torch.randn(1, 3, 24, 24)).shape == (1, 9, 10)
+
+
+@pytest.mark.parametrize("options", [{}, {"strict_img_size": False, "dynamic_img_pad": True}])
+def test_another_size_is_set_as_timms(options):
+    options = {"img_size": 24, "patch_size": 8, "embed_dim": 10} | options
+    theirs, ours = timm.layers.PatchEmbed(**options), PatchEmbed(**options)
+    for embed in (ours, theirs):
+        embed.set_input_size((40, 16))
+    for name in ("img_size", "grid_size", "num_patches"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    before = vars(ours).copy()
+    with pytest.raises(ValueError, match="img_size=7 holds no patch of 8 pixels"):
+        ours.set_input_size(7)
+    assert vars(ours) == before
+
+
 def test_384_pixels_with_patches_of_14():
     with torch.device("meta"):
         embed = PatchEmbed(384, 14, embed_dim=1152)
@@ -115,6 +232,29 @@ DYNAMIC = {"strict_img_size": False}
 def test_wrong_pictures(options, shape, message):
     with pytest.raises(ValueError, match="pictures") as caught:
         PatchEmbed(24, 8, embed_dim=4, **options)(torch.ones(shape))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ([[0.0]], TypeError, "pictures: list found; it must be a tensor of floats, (B, "),
+        (
+            torch.ones(2, 3, 24, 24).byte(),
+            TypeError,
+            "pictures: torch.uint8 found; it must be a te",
+        ),
+        (torch.ones(3, 24, 24), ValueError, "H, W); pictures[None] makes a batch of one"),
+        (torch.ones(24), ValueError, "pictures have shape (24,); it must be (B, "),
+    ],
+)
+def test_what_are_no_pictures(x, error, message, wrapped):
+    embed = PatchEmbed(24, 8, embed_dim=4)
+    if wrapped:
+        wrapper(embed)
+    with pytest.raises(error) as caught:
+        embed(x)
     assert message in str(caught.value)
 
 

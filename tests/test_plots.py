@@ -1,6 +1,7 @@
 """Pictures: what is drawn, and that none goes without a description."""
 
 import io
+import re
 
 import IPython.display
 import matplotlib as mpl
@@ -132,9 +133,30 @@ def test_attention_without_a_token_marks_none():
     assert len(ax.lines) == 0
 
 
-def test_attention_needs_a_square():
-    with pytest.raises(ValueError, match="weights has 8 entries; it must be a square number"):
-        show_attention(figure()[1][0, 0], picture("cat", 8), torch.ones(8))
+def test_attention_on_a_grid_that_is_no_square():
+    ax = figure()[1][0, 0]
+    weights = torch.arange(36.0).view(4, 9)
+    show_attention(ax, picture("cat", 90).resize((90, 40)), weights, token=11)
+    assert ax.images[1].get_array().tolist() == weights.tolist()
+    assert ax.lines[0].get_xydata().tolist() == [[25, 15]]  # the middle of row 1, column 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "size", "token", "message"),
+    [
+        (torch.ones(8), (8, 8), None, "weights has 8 entries; it must be a square number"),
+        (torch.ones(36), (90, 40), None, "the picture of 90 x 40 pixels a square, or the weights"),
+        (torch.ones(1, 6, 6), (8, 8), None, "weights has shape (1, 6, 6); it must be (rows, colu"),
+        (torch.ones(0), (8, 8), None, "weights has shape (0,); it must be (rows, columns)"),
+        (torch.ones(4), (8, 8), 4, "token=4 must lie in 0 to 3"),
+        (torch.ones(2, 2), (8, 8), -1, "token=-1 must lie in 0 to 3"),
+    ],
+)
+def test_attention_whose_grid_is_not_known(weights, size, token, message):
+    ax = figure()[1][0, 0]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        show_attention(ax, picture("cat", 8).resize(size), weights, token)
+    assert not ax.images
 
 
 def test_few_colours_keep_a_picture():

@@ -943,8 +943,10 @@ def test_the_start_is_the_papers():
     assert model.logit_scale.shape == model.logit_bias.shape == ()
     assert model.logit_scale.exp().item() == pytest.approx(10)
     assert model.logit_bias.item() == -10
-    # big_vision's rule for linear layers
-    assert model.image.weight_init == "jax"
+    # what timm made of big_vision's rule for linear layers; the true one has a name of its own
+    assert model.image.weight_init == model.text.weight_init == "jax"
+    true = SigLIP(CONFIG, weight_init="big_vision")
+    assert true.image.weight_init == true.text.weight_init == "big_vision"
     expected = (2 / (36 + 36)) ** 0.5
     assert model.text.blocks[0].attn.proj.weight.std().item() == pytest.approx(expected, rel=0.1)
     # both towers tell their inputs apart from the start

@@ -122,6 +122,45 @@ def test_weights_start_as_in_big_vision():
     )
 
 
+@pytest.mark.parametrize("weight_init", ["jax", "big_vision"])
+def test_a_tower_from_the_meta_device_starts_as_one_that_was_built(weight_init):
+    def make() -> TextTransformer:
+        return TextTransformer(50, 8, 16, 2, 2, 2.0, 24, weight_init=weight_init)
+
+    torch.manual_seed(7)
+    built = make()
+    with torch.device("meta"):
+        model = make()
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(torch.nan)
+    torch.manual_seed(7)
+    model.init_weights()
+    for name, tensor in built.state_dict().items():
+        assert torch.equal(model.get_parameter(name), tensor), name
+
+
+def test_big_visions_own_rule():
+    model = TextTransformer(400, 64, 64, 1, 4, 4.0, 256, weight_init="big_vision")
+    weights = *model.blocks[0].attn.qkv.weight.chunk(3), model.head.weight
+    for weight in weights:  # flax's Dense layer starts the head: variance 1 / inputs
+        assert weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert model.pos_embed.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert (model.head.bias == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["a cat"], "tokens: list found; it must be a tensor of integers, (B, 8), such as a Token"),
+        (torch.ones(2, 8), "tokens: torch.float32 found; it must be a tensor of integers, (B, 8)"),
+    ],
+)
+def test_what_are_no_token_ids(tokens, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        TextTransformer(50, 8, 16, 1, 2, 2.0, 24)(tokens)
+
+
 # --- the tokenizer ---
 
 TEXTS = [

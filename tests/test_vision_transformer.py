@@ -5,9 +5,11 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from comparing import assert_close, assert_same, randomized
+from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
 from timm.models import _manipulate
@@ -296,6 +298,69 @@ def test_layers_that_are_not_there(n):
         small().get_intermediate_layers(pictures(), n)
 
 
+CALLS = [
+    {},
+    {"indices": 1},
+    {"indices": [2, 0, 0]},
+    {"indices": (-2, 0), "norm": True},
+    {"indices": [1], "stop_early": True},
+    {"indices": [0, 1], "stop_early": True, "output_dict": True, "return_prefix_tokens": True},
+    {"output_fmt": "NLC", "return_prefix_tokens": True},
+    {"intermediates_only": True, "output_fmt": "NLC"},
+    {"output_dict": True, "intermediates_only": True},
+]
+
+
+@pytest.mark.parametrize("options", [MAP, {"reg_tokens": 2}], ids=["map", "prefix"])
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_forward_intermediates_is_timms(call, options):
+    options = options | {"depth": 3, "img_size": (24, 40)}
+    theirs = randomized(timms(**options)).double()
+    ours = small(**options).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = pictures(24, 40, dtype=torch.float64)
+    found, expected = (model.forward_intermediates(x, **call) for model in (ours, theirs))
+    assert type(found) is type(expected)
+    torch.testing.assert_close(found, expected)
+
+
+def test_timms_names():
+    options = {"depth": 3, "patch_size": (4, 8)}
+    ours, theirs = small(**options), timms(**options)
+    assert ours.feature_info == theirs.feature_info
+    assert ours.head_hidden_size == theirs.head_hidden_size == ours.num_features
+
+
+@pytest.mark.parametrize(
+    "options", [MAP, {"reg_tokens": 2}, {"no_embed_class": True}], ids=range(3)
+)
+@pytest.mark.parametrize("size", [(40, 16), (24, 24)])
+def test_another_input_size_is_timms(size, options):
+    theirs = randomized(timms(**options)).double()
+    ours = small(**options).double()
+    ours.load_state_dict(theirs.state_dict())
+    ours.pos_embed.requires_grad_(False)
+    for model in (ours, theirs):
+        model.set_input_size(size)
+    assert torch.equal(ours.pos_embed, theirs.pos_embed)
+    assert not ours.pos_embed.requires_grad
+    x = pictures(*size, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("indices", [0, 3, [2], [-3], []], ids=str)
+def test_forward_intermediates_of_blocks_that_are_not_there(indices):
+    with pytest.raises(ValueError, match=r"indices=.* asks for blocks that are not there"):
+        small().forward_intermediates(pictures(), indices)
+
+
+def test_forward_intermediates_refuses():
+    with pytest.raises(ValueError, match="output_fmt='NHWC' is unknown; allowed are 'NCHW', 'NLC'"):
+        small().forward_intermediates(pictures(), output_fmt="NHWC")
+    with pytest.raises(ValueError, match="output_fmt='NCHW' needs every patch"):
+        small(patch_drop_rate=0.5).forward_intermediates(pictures())
+
+
 def test_dropped_patches_form_no_grid():
     model, x = small(patch_drop_rate=0.5), pictures()
     with pytest.raises(ValueError, match="patch_drop_rate drops some"):
@@ -511,7 +576,87 @@ def test_weights_are_drawn_anew():
         assert not torch.equal(model.get_parameter(name), kept.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("weight_init", ["", "jax", "jax_nlhb", "moco"])
+RULES = ["", "jax", "jax_nlhb", "big_vision", "moco", "skip"]
+RICH = {
+    "global_pool": "map",
+    "reg_tokens": 2,
+    "init_values": 0.1,
+    "qk_norm": True,
+    "pre_norm": True,
+}
+
+
+@pytest.mark.parametrize("options", [MAP, RICH, {"global_pool": "avg"}], ids=["map", "rich", "avg"])
+@pytest.mark.parametrize("weight_init", RULES)
+def test_a_tower_from_the_meta_device_starts_as_one_that_was_built(weight_init, options):
+    options = options | {"weight_init": weight_init}
+    torch.manual_seed(7)
+    built = small(**options)
+    with torch.device("meta"):
+        model = small(**options)
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(math.nan)
+    torch.manual_seed(7)
+    model.init_weights()
+    for (name, found), expected in zip(
+        model.state_dict().items(), built.state_dict().values(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("weight_init", RULES)
+def test_a_stage_from_the_meta_device_starts_whole(weight_init, rank):
+    with torch.device("meta"):
+        stage = small(depth=3, weight_init=weight_init, **RICH).to_pipeline(3, rank)
+    stage.to_empty(device="cpu")
+    for tensor in stage.state_dict().values():
+        tensor.fill_(math.nan)
+    stage.init_weights()
+    assert all(tensor.isfinite().all() for tensor in stage.state_dict().values())
+    if weight_init != "skip" and rank == 0:
+        assert stage.pos_embed.std() > 0.01
+
+
+def test_parts_that_cannot_start_anew_are_named():
+    class OwnNorm(nn.Module):
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(dim))
+
+    model = small(norm_layer=OwnNorm)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match=r"blocks.0.norm1 is a OwnNorm, whose weights can't be"):
+        model.init_weights()
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+def test_big_visions_rule():
+    # google-research/big_vision, models/vit.py: flax draws q, k and v as matrices (dim, dim) of their own
+    dim = 128
+    options = {"embed_dim": dim, "num_heads": 2, "mlp_ratio": 2.0, "num_classes": 5, "img_size": 64}
+    model = small(**options, global_pool="map", weight_init="big_vision", no_embed_class=True)
+    block, pool = model.blocks[1], model.attn_pool
+    for weight in (*block.attn.qkv.weight.chunk(3), pool.q.weight, *pool.kv.weight.chunk(2)):
+        assert std(weight) == pytest.approx((2 / (dim + dim)) ** 0.5, rel=0.02)
+        assert weight.abs().max() <= (6 / (dim + dim)) ** 0.5
+    for mlp in (block.mlp, pool.mlp):
+        assert std(mlp.fc1.weight) == pytest.approx((2 / (dim + 2 * dim)) ** 0.5, rel=0.02)
+        assert std(mlp.fc2.bias) == pytest.approx(1e-6, rel=0.3)
+    assert std(model.pos_embed) == pytest.approx(dim**-0.5, rel=0.05)
+    assert model.pos_embed.abs().max() > 3 * dim**-0.5  # not cut
+    assert std(pool.latent) == pytest.approx((2 / (1 + dim)) ** 0.5, rel=0.2)
+    assert pool.latent.abs().max() <= (6 / (1 + dim)) ** 0.5
+    conv = model.patch_embed.proj
+    assert std(conv.weight) == pytest.approx((3 * 64) ** -0.5, rel=0.02)
+    zeros = (conv.bias, block.attn.qkv.bias, block.attn.proj.bias, pool.kv.bias, model.cls_token)
+    for weight in (*zeros, model.head.weight, model.head.bias):
+        assert (weight == 0).all()
+    assert (block.norm1.weight == 1).all()
+
+
+@pytest.mark.parametrize("weight_init", ["", "jax", "jax_nlhb", "big_vision", "moco"])
 def test_register_tokens_differ_from_each_other(weight_init):
     tokens = small(reg_tokens=4, weight_init=weight_init).reg_token[0]
     assert (tokens != 0).all()
@@ -723,9 +868,19 @@ def test_a_stage_refuses_what_needs_the_whole():
     first, last = (small(**MAP).to_pipeline(2, rank) for rank in range(2))
     with pytest.raises(ValueError, match="only the last stage of a pipeline has a classifier"):
         first.reset_classifier(5)
-    for stage, x in ((first, pictures()), (last, torch.zeros(1, 9, last.embed_dim))):
-        with pytest.raises(ValueError, match="needs the whole model"):
-            stage.get_intermediate_layers(x)
+    tokens = torch.zeros(1, 9, last.embed_dim)
+    for stage, x in ((first, pictures()), (last, tokens)):
+        for method in (stage.get_intermediate_layers, stage.forward_intermediates):
+            with pytest.raises(ValueError, match=f"{method.__name__} needs the whole model"):
+                method(x)
+    with pytest.raises(ValueError, match="forward_head needs the last stage of a pipeline"):
+        first.forward_head(tokens)
+    with pytest.raises(ValueError, match="get_classifier needs the last stage of a pipeline"):
+        first.get_classifier()
+    with pytest.raises(ValueError, match="set_input_size needs the first stage of a pipeline"):
+        last.set_input_size(32)
+    with pytest.raises(ValueError, match=r"tokens have shape \(.*\); it must be"):
+        last(pictures())
 
 
 def test_a_stage_is_not_divided_again():
@@ -786,3 +941,81 @@ def test_pictures_of_a_wrong_size(options, size, message):
     with pytest.raises(ValueError, match="pixels") as caught:
         small(**options)(pictures(*size))
     assert message in str(caught.value)
+
+
+ENTRIES = {
+    "forward": lambda model, x: model(x),
+    "forward_features": lambda model, x: model.forward_features(x),
+    "intermediates": lambda model, x: model.intermediates(x),
+    "get_intermediate_layers": lambda model, x: model.get_intermediate_layers(x, reshape=True),
+    "forward_intermediates": lambda model, x: model.forward_intermediates(x),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (
+            torch.zeros(3, 24, 24),
+            ValueError,
+            "shape (3, 24, 24); it must be (B, 3, H, W); pictures[",
+        ),
+        (torch.zeros(2, 1, 24, 24), ValueError, "shape (2, 1, 24, 24); it must be (B, 3, H, W)"),
+        (
+            [1.0],
+            TypeError,
+            "pictures: list found; it must be a tensor of floats, (B, 3, H, W), such as",
+        ),
+        (
+            Image.new("RGB", (24, 24)),
+            TypeError,
+            "pictures: Image found; it must be a tensor of float",
+        ),
+        (
+            np.zeros((1, 3, 24, 24)),
+            TypeError,
+            "pictures: ndarray found; it must be a tensor of floats",
+        ),
+        (
+            torch.zeros(1, 3, 24, 24).byte(),
+            TypeError,
+            "torch.uint8 found; it must be a tensor of flo",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_are_no_pictures(x, error, message, entry):
+    with pytest.raises(error) as caught:
+        entry(small(), x)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(9, 24), ValueError, "tokens have shape (9, 24); it must be (B, N, 24)"),
+        (torch.zeros(2, 9, 23), ValueError, "tokens have shape (2, 9, 23); it must be (B, N, 24)"),
+        ([1.0], TypeError, "tokens: list found; it must be a tensor of floats, (B, N, 24)"),
+        (
+            torch.zeros(2, 9, 24).int(),
+            TypeError,
+            "tokens: torch.int32 found; it must be a tensor of",
+        ),
+    ],
+)
+def test_what_are_no_tokens(x, error, message):
+    model = small(depth=2, **MAP)
+    stage = copy.deepcopy(model).to_pipeline(2, 1)
+    for entry in (model.forward_head, stage.forward_features, stage):
+        with pytest.raises(error) as caught:
+            entry(x)
+        assert message in str(caught.value)
+
+
+def test_refusals_do_not_stop_tracing():
+    model, x = small(**MAP).eval(), pictures()
+    expected = model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
