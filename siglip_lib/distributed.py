@@ -3,28 +3,30 @@
 import json
 import math
 import os
+import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from siglip_lib.checkpoints import listed
+from siglip_lib.checks import finite_tensors
 from siglip_lib.emoji64 import Emoji64
 from siglip_lib.ring import ring_sigmoid_loss
 from siglip_lib.siglip import SigLIP
@@ -32,6 +34,20 @@ from siglip_lib.text import Tokenizer
 from siglip_lib.train import PairLoss, TrainConfig, Training
 
 PARALLEL = ("ddp", "fsdp2")
+_APART = "it was broken off, and its processes may not stand at the same step"
+# what a checkpoint's pickled table of contents may be made of, by module
+_CONTENTS = {
+    "torch": {
+        "Size",
+        *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)),
+    },
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+    },
+}
 
 
 class DistributedTraining(Training):
@@ -57,6 +73,8 @@ class DistributedTraining(Training):
         ValueError: ``batch`` is not a multiple of the number of processes, ``parallel`` is unknown, or as in
             ``Training``.
     """
+
+    _alone = False
 
     def __init__(
         self,
@@ -88,8 +106,14 @@ class DistributedTraining(Training):
             super().__init__(model, tokenizer, emoji, places, config, device)
 
     def run(self, until: int | None = None, progress: bool = True) -> None:
+        """As in ``Training``; after a Ctrl-C in one process all stop, where a block of 50 steps ends."""
         with self._own_stream():
             super().run(until, progress)
+
+    def settle(self) -> None:
+        if len(self.losses) < self.step:
+            self._spoilt = _APART
+        super().settle()
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -114,6 +138,10 @@ class DistributedTraining(Training):
         scalars = {model.logit_scale, model.logit_bias}  # it takes none
         return fully_shard(pair_loss, mesh=self._mesh, ignored_params=scalars)
 
+    def _one_step(self) -> Tensor:
+        self._spoilt = _APART  # until the step is counted
+        return super()._one_step()
+
     def _clip(self) -> None:
         if self._parallel == "ddp":
             super()._clip()
@@ -130,80 +158,87 @@ class DistributedTraining(Training):
         for some in (sharded, whole):
             nn.utils.clip_grads_with_norm_(some, self.config.clip, norm)
 
-    def _of_whole_batches(self, losses: Tensor) -> Tensor:
-        dist.all_reduce(losses, group=self.group)
-        return losses / self._mesh.size()
+    def _of_whole_batches(self, losses: Tensor, told: bool) -> tuple[Tensor, bool]:
+        both = torch.cat([losses, losses.new_tensor([float(told)])])
+        dist.all_reduce(both, group=self.group)
+        return both[:-1] / self._mesh.size(), bool(both[-1] > 0)
 
 
 def save_checkpoint(training: Training, folder: str | Path) -> Path:
     """Store a training under ``folder``, whole or not at all, in the place of what is stored there.
 
-    Every process of the training calls it; all see the same file system.
+    Every process of the training calls it; all see the same file system. In ``folder`` only folders whose names are
+    ``step_`` and nine digits are checkpoints; what else lies there stays.
 
     Returns:
         The folder of the checkpoint, named by its step.
 
     Raises:
         FileExistsError: the same step is stored there already.
-        CheckpointException: some process could not write; what was stored before stays.
+        OSError: some process could not write; what was stored before stays. It is raised in all of them.
+        ValueError: a weight or a moment is not finite.
+        RuntimeError: the model is spoilt, see ``Training.run``.
     """
     folder = Path(folder)
+    training.settle()
     final = folder / f"step_{training.step:09d}"
     temporary = final.with_name(final.name + ".part")
-    if final.exists():
-        raise FileExistsError(f"{final.name} is stored already")
-    first = _is_first(training)
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-        temporary.mkdir(parents=True)
-        about = {
-            "settings": training.settings(),
-            "step": training.step,
-            "losses": training.losses,
-        }
-        (temporary / "training.json").write_text(json.dumps(about))
+    first, tensors = _is_first(training), training.tensors()
     try:
-        # returns when every process has written, and raises in all of them if one could not
+        with _together(training):
+            finite_tensors(f"{final.name} was not stored: the training has", _here(tensors))
+            if first:
+                _begin(training, temporary, final)
         with _processes(training) as who:
-            dcp.save(_state(training), checkpoint_id=temporary, **who)
-        if first:
-            os.replace(temporary, final)
-            for path in set(folder.glob("step_*")) - {final}:
-                shutil.rmtree(path)
+            dcp.save(tensors, checkpoint_id=temporary, **who)
+        with _together(training):
+            if first:
+                os.replace(temporary, final)
+                for path in _checkpoints(folder, ".part") + _checkpoints(folder):
+                    if path != final:
+                        shutil.rmtree(path)
+    except CheckpointException as error:
+        raise OSError(f"{final} was not stored: {_cause(error)}") from error
     finally:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
+    training.stored = final
     return final
 
 
 def load_checkpoint(training: Training, folder: str | Path) -> None:
     """Take up what ``save_checkpoint`` stored under ``folder``, by however many processes, however they shared it.
 
+    Nothing in the files is run, whoever wrote them.
+
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it was stored with other settings; nothing was changed.
+        ValueError: it was stored with other settings, or is damaged; nothing was changed.
     """
-    stored = newest_checkpoint(folder)
-    if stored is None:
-        raise FileNotFoundError(f"folder={str(folder)!r} holds no checkpoint")
-    about = json.loads((stored / "training.json").read_text())
-    training.check_settings(about["settings"], stored.name)
-    state = _state(training)
-    with _processes(training) as who:
-        dcp.load(state, checkpoint_id=stored, **who)
-    set_state_dict(
-        training.model,
-        training.optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
-    training.go_on_from(about["step"], about["losses"])
+    with _together(training):
+        stored = newest_checkpoint(folder)
+        if stored is None:
+            raise FileNotFoundError(f"folder={str(folder)!r} holds no checkpoint")
+        with _said_damaged(stored):
+            about = json.loads((stored / "training.json").read_text(encoding="utf-8"))
+        training.check_stored(about, stored.name)
+        ours = training.tensors()
+        with _said_damaged(stored):
+            contents = _contents(stored / ".metadata")
+            _check_contents(contents, ours)
+    tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in ours.items()}
+    with _together(training), _said_damaged(stored):
+        with _processes(training) as who:
+            dcp.load(tensors, storage_reader=_Reader(stored, contents), **who)
+        # what the files did not fill is still NaN
+        finite_tensors("there are", _here(tensors))
+    with _together(training):
+        training.take_up(tensors, about, stored)
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """Return the newest checkpoint under a folder, None if there is none."""
-    found = [path for path in Path(folder).glob("step_*") if path.suffix != ".part"]
-    return max(found, default=None)
+    return max(_checkpoints(Path(folder)), default=None)
 
 
 def whole_model(training: Training) -> SigLIP | None:
@@ -218,9 +253,110 @@ def whole_model(training: Training) -> SigLIP | None:
     return model
 
 
-def _state(training: Training) -> dict[str, object]:
-    model, optimizer = get_state_dict(training.model, training.optimizer)
-    return {"model": model, "optimizer": optimizer}
+def _checkpoints(folder: Path, ending: str = "") -> list[Path]:
+    """Folders that ``save_checkpoint`` made; with ``.part`` those that it had to leave unfinished."""
+    name = re.compile(r"step_\d{9}" + re.escape(ending), re.ASCII)
+    found = (path for path in folder.glob("step_*") if name.fullmatch(path.name))
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+def _begin(training: Training, temporary: Path, final: Path) -> None:
+    if final.exists():
+        raise FileExistsError(f"{final.name} is stored already")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
+    about = {"settings": training.settings(), "step": training.step, "losses": training.losses}
+    (temporary / "training.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes what a table of contents consists of, and nothing that could act."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if module in (
+            "pathlib",
+            "pathlib._local",
+        ):  # where it was stored; Python 3.13 names it otherwise
+            return PurePosixPath
+        if name not in _CONTENTS.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """torch's own unpickles whatever the file holds."""
+
+    def __init__(self, path: Path, contents: Metadata) -> None:
+        super().__init__(path)
+        self._contents = contents
+
+    def read_metadata(self) -> Metadata:
+        return self._contents
+
+
+def _contents(path: Path) -> Metadata:
+    with path.open("rb") as file:
+        return _Unpickler(file).load()
+
+
+def _check_contents(contents: Metadata, ours: dict[str, Tensor]) -> None:
+    """Refuse a table of contents without all our tensors; what is no tensor torch would unpickle."""
+    stored = contents.state_dict_metadata
+    # the optimizer's constants were stored once; they follow from the settings
+    names = {name for name in stored if not name.startswith("optimizer.param_groups.")}
+    if odd := names ^ ours.keys():
+        raise ValueError(f"missing or unexpected are {listed(odd, 5)}")
+    for name, tensor in ours.items():
+        entry = stored[name]
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{name} is no tensor")
+        if (entry.size, entry.properties.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"{name} is {entry.properties.dtype} {tuple(entry.size)}")
+    for place in contents.storage_data.values():
+        if Path(place.relative_path).name != place.relative_path:
+            raise ValueError(f"{place.relative_path!r} lies elsewhere")
+
+
+@contextmanager
+def _said_damaged(stored: Path) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        cause = _cause(error) if isinstance(error, CheckpointException) else error
+        raise ValueError(
+            f"{stored} is damaged: {type(cause).__name__}: {cause}; delete it, and what was stored before "
+            "is taken up, or start anew"
+        ) from error
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What happened first, in the process with the lowest rank that it happened in."""
+    cause, _ = min(error.failures.items())[1]
+    if not isinstance(cause, Exception):  # Ctrl-C, which torch treats as a failure
+        raise cause
+    return cause
+
+
+def _here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What this process has of them."""
+    return {n: x.to_local() if isinstance(x, DTensor) else x for n, x in tensors.items()}
+
+
+@contextmanager
+def _together(training: Training) -> Iterator[None]:
+    """Wait for all processes; what went wrong in one is raised in all, so that none goes on alone."""
+    error = None
+    try:
+        yield
+    except (Exception, CheckpointException) as caught:
+        error = caught
+    errors = [error]
+    if isinstance(training, DistributedTraining):
+        errors *= dist.get_world_size(training.group)
+        dist.all_gather_object(errors, error, group=training.group)
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 def _is_first(training: Training) -> bool:

@@ -219,9 +219,9 @@ def save_siglip(
     model = unwrapped(model)
     check_tokenizer(tokenizer, model.config)
     folder = Path(folder).resolve()
-    _check_replaceable(_aside(folder))
+    check_replaceable(_aside(folder))
     _put_back(folder)
-    _check_replaceable(folder)
+    check_replaceable(folder)
     state = {name: torch.cat(views) for name, views in _stored(whole_state(model)).items()}
     with torch.device("meta"):
         whole = SigLIP(model.config)
@@ -400,7 +400,7 @@ def _put_back(folder: Path) -> None:
         os.rename(_aside(folder), folder)
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Refuse a folder whose loss would be one."""
     if not folder.exists():
         return

@@ -2,29 +2,35 @@
 
 What is random about a step follows from the seed and the step's number alone. So a training that was stopped goes on as
 if it had not been, and two with the same seed on the same device give the same weights, bit by bit, compiled or not.
+Ctrl-C, or a notebook's Stop button, stops it after the step that it is at; a second one at once.
 """
 
 import math
-import os
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from siglip_lib.augment import DRAWS, augment
-from siglip_lib.checks import count, finite, positive_int
+from siglip_lib.checkpoints import listed
+from siglip_lib.checks import count, finite, finite_tensors, positive_int
 from siglip_lib.emoji64 import Emoji64, captions, unique_batches
+from siglip_lib.files import replacing
 from siglip_lib.losses import sigmoid_loss
 from siglip_lib.siglip import SigLIP, SigLIPConfig, check_tokenizer
 from siglip_lib.text import Tokenizer
 
 BLOCK = 50  # steps whose random numbers are drawn at once, and whose losses are looked at together
+MOST_STEPS = 10**9 - 1  # a checkpoint's name has nine digits
 # The sizes of the weights that ship, 2.0 million parameters; 1,500 pieces of words, 16 to a caption.
 EMOJI64_SIGLIP = SigLIPConfig(
     image_size=64,
@@ -40,6 +46,7 @@ EMOJI64_SIGLIP = SigLIPConfig(
     vocab_size=1500,
     context_length=16,
 )
+_HALF = "it was broken off within a step, which left the weights half changed"
 EMOJI64_WEIGHTS = Path(__file__).parent / "weights" / "emoji64"
 # their unit vectors (5094, 128) of all pictures, "pictures" in a safetensors file, float16
 EMOJI64_VECTORS = EMOJI64_WEIGHTS.with_name("emoji64_vectors.safetensors")
@@ -58,9 +65,9 @@ class TrainConfig:
         weight_decay: of matrices; norms, biases, positions, the pooling query, temperature and bias have none.
         warmup: steps of a linear rise.
         clip: largest norm of the gradient.
-        strength: of the augmentation, see ``augment``.
+        strength: of the augmentation, in [0, 2], see ``augment``.
         keywords: whether captions may name keywords beside the name.
-        seed: of batches, captions and augmentation.
+        seed: of batches, captions and augmentation, below 2**64.
     """
 
     steps: int = 10_000
@@ -75,12 +82,23 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "warmup"):
-            positive_int(name, getattr(self, name))
-        count("seed", self.seed)
+        plain = {
+            name: positive_int(name, getattr(self, name)) for name in ("steps", "batch", "warmup")
+        }
+        plain["seed"] = count("seed", self.seed)
+        for name, end in (("steps", MOST_STEPS + 1), ("seed", 2**64)):  # torch takes no larger seed
+            if plain[name] >= end:
+                raise ValueError(f"{name}={plain[name]} must be below {end}")
         for name in ("lr", "logit_lr", "weight_decay", "clip", "strength"):
-            if finite(name, getattr(self, name)) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            plain[name] = finite(name, getattr(self, name))
+            if plain[name] < 0:
+                raise ValueError(f"{name}={plain[name]} must not be negative")
+        if self.strength > 2:
+            raise ValueError(f"strength={self.strength} must lie in [0, 2]")
+        if not isinstance(self.keywords, bool):
+            raise TypeError(f"keywords={self.keywords!r} must be True or False")
+        for name, value in plain.items():  # NumPy's numbers can't be stored as JSON
+            object.__setattr__(self, name, value)
 
 
 class Diverged(Exception):
@@ -104,12 +122,14 @@ class Training:
     Attributes:
         step: steps done.
         losses: the loss of each.
+        stored: where it was last stored or taken up from; None if it never was.
 
     Raises:
         ValueError: there are fewer pictures than a batch needs, or the tokenizer does not fit the model.
     """
 
     _rows = slice(None)  # of each batch; of many processes each has some
+    _alone = True  # it may stop after any step: no other process would wait for the next one
     # before a CUDA graph is recorded: libraries set themselves up in the first ones
     _eager_steps: float = 3
     _stream: torch.cuda.Stream | None = None  # that the graph is recorded on; a new one if None
@@ -133,7 +153,8 @@ class Training:
         check_tokenizer(tokenizer, model.config)
         self.model, self.config, self.device = model, config, torch.device(device)
         self.model.to(device).train()
-        self.step, self.losses = 0, []
+        self.step, self.losses, self.stored = 0, [], None
+        self._spoilt: str | None = None  # why it can't go on
         self._pictures = emoji.pictures[places].to(device)
         self._tokens, self._first, self._captions = _caption_table(
             tokenizer, emoji, config.keywords
@@ -141,6 +162,7 @@ class Training:
         self._tokens = self._tokens.to(device)
         self._pair_loss = self._wrapped(model)
         self.optimizer = _optimizer(model, config, self.device)
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
         rows = len(range(config.batch)[self._rows])
         shapes = {"which": (rows,), "text": (rows,), "concept": (rows,), "draws": (rows, DRAWS)}
         self._inputs = {
@@ -153,6 +175,9 @@ class Training:
         self._steps_here = 0
         self._drawn = lru_cache(maxsize=2)(self._draw)
         self._loss = torch.zeros((), device=device)
+        self._found = torch.zeros(
+            BLOCK, device=device
+        )  # losses of a block of steps, while it is at work
         self._forward = torch.compile(self._batch_loss) if compile else self._batch_loss
 
     def run(self, until: int | None = None, progress: bool = True) -> None:
@@ -160,37 +185,38 @@ class Training:
 
         Raises:
             Diverged: the loss is not finite. The model is spoilt; ``load`` takes up a stored training.
+            KeyboardInterrupt: the reader stopped it. After the first Ctrl-C it stands where a step ended, and a further
+                ``run`` goes on from there.
+            RuntimeError: the model is spoilt, by what broke off an optimizer step or by a loss that was not finite.
         """
         from tqdm.auto import tqdm
 
         until = self.config.steps if until is None else until
         if not self.step <= until <= self.config.steps:
             raise ValueError(f"until={until} must lie in {self.step} to {self.config.steps}")
-        with tqdm(total=until, initial=self.step, unit="step", disable=not progress) as bar:
+        self.settle()
+        with (
+            _interrupt_held() as told,
+            tqdm(total=until, initial=self.step, unit="step", disable=not progress) as bar,
+        ):
             while self.step < until:
-                count = min(BLOCK - self.step % BLOCK, until - self.step)
-                found = torch.zeros(count, device=self.device)
-                for i in range(count):
-                    self._fill(self.step + i)
-                    found[i] = self._one_step()
-                if self.step + count < until:  # the device is still at work
-                    self._drawn((self.step + count) // BLOCK)
-                found = self._of_whole_batches(found).tolist()  # waits for the device
-                for i, loss in enumerate(found):
-                    if not math.isfinite(loss):
-                        raise Diverged(
-                            f"the loss is {loss} at step {self.step + i}; lower lr={self.config.lr} or "
-                            f"logit_lr={self.config.logit_lr}, or lengthen warmup={self.config.warmup}"
-                        )
-                self.losses += found
-                self.step += count
-                bar.update(count)
-                bar.set_postfix(loss=f"{sum(found) / count:.3f}", lr=f"{self.rate(self.step):.1e}")
+                done = self.step
+                if self._block(min(until, done - done % BLOCK + BLOCK), told):
+                    raise KeyboardInterrupt
+                bar.update(self.step - done)
+                loss = sum(self.losses[done:]) / (self.step - done)
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{self.rate(self.step):.1e}")
 
     def save(self, path: str | Path) -> None:
-        """Store the training as it stands, whole or not at all."""
+        """Store the training as it stands, whole or not at all.
+
+        Raises:
+            ValueError: a weight or a moment is not finite.
+            RuntimeError: the model is spoilt, see ``run``.
+        """
         path = Path(path)
-        temporary = path.with_name(path.name + ".part")
+        self.settle()
+        finite_tensors(f"{path.name} was not written: the training has", self.tensors())
         state = {
             "config": asdict(self.config),
             "sizes": asdict(self.model.config),
@@ -199,53 +225,144 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        try:
+        with replacing(path) as temporary:
             torch.save(state, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        self.stored = path
 
     def load(self, path: str | Path) -> None:
         """Take up a training that ``save`` stored, of the same configuration and sizes.
 
         Raises:
-            ValueError: it was stored with others; nothing was changed.
+            ValueError: it was stored with others, or is damaged; nothing was changed.
         """
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.check_settings(state["config"] | state["sizes"], Path(path).name)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.go_on_from(state["step"], state["losses"].tolist())
+        path = Path(path)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        try:
+            stored = torch.load(path, map_location=self.device, weights_only=True)
+            about = {
+                "settings": stored["config"] | stored["sizes"],
+                "step": stored["step"],
+                "losses": stored["losses"].tolist(),
+            }
+            moments = stored["optimizer"]["state"]
+            tensors = self._named(stored["model"], {parameters[i]: moments[i] for i in moments})
+        except OSError:
+            raise
+        except (
+            Exception
+        ):  # of whatever kind; torch's own message advises to run what the file asks for
+            raise ValueError(
+                f"{path.name} is no training that was stored, or a damaged one"
+            ) from None
+        self.check_stored(about, path.name)
+        _check_alike(tensors, self.tensors(), path.name)
+        self.take_up(tensors, about, path)
 
     def rate(self, step: int) -> float:
-        """Return the share of the highest rate times ``lr`` at a step."""
+        """Return the learning rate at a step: ``lr``, less in the warm-up and along the cosine."""
         return self.config.lr * _schedule(step, self.config)
 
     def settings(self) -> dict[str, object]:
         """Return what has to be the same where a stored training is taken up."""
         return asdict(self.config) | asdict(self.model.config)
 
-    def check_settings(self, stored: dict[str, object], where: str) -> None:
-        """Refuse to take up a training with other settings."""
-        here = self.settings()
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all weights and moments by name: those that the training works on, no copies."""
+        return self._named(self.model.state_dict(), self.optimizer.state)
+
+    def settle(self) -> None:
+        """Have losses and weights agree with the count of steps, whatever broke off ``run``; refuse if they can't."""
+        if self._spoilt:
+            how = f"take up {str(self.stored)!r}" if self.stored else "none is stored, start anew"
+            raise RuntimeError(f"the training can't go on: {self._spoilt}; {how}")
+        self._note_losses()
+
+    def check_stored(self, about: object, where: str) -> None:
+        """Refuse what is no stored training, or one with other settings.
+
+        Args:
+            about: its ``settings``, ``step`` and ``losses``.
+            where: its name, for messages.
+        """
+        if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
+            raise ValueError(f"{where} is damaged: it does not tell its settings")
+        stored, here = about["settings"], self.settings()
+        if odd := sorted(stored.keys() ^ here.keys()):
+            raise ValueError(f"{where} is of another version, or damaged: not in both are {odd}")
         if differs := {name: value for name, value in stored.items() if value != here[name]}:
             raise ValueError(f"{where} was stored with other settings: {differs}")
+        step, losses = about.get("step"), about.get("losses")
+        if type(step) is not int or not 0 <= step <= self.config.steps:
+            raise ValueError(
+                f"{where} is damaged: step={step!r} must lie in 0 to {self.config.steps}"
+            )
+        if not isinstance(losses, list) or len(losses) != step:
+            raise ValueError(f"{where} is damaged: it must hold the losses of {step} steps")
+        if not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
+            raise ValueError(f"{where} is damaged: a loss is not finite")
 
-    def go_on_from(self, step: int, losses: list[float]) -> None:
-        """Take up the count of a stored training whose weights and moments are in place."""
-        self.step, self.losses = step, losses
+    def take_up(self, tensors: Mapping[str, Tensor], about: dict, stored: Path) -> None:
+        """Put weights, moments, step and losses of a stored training, all of them checked, in the place of these."""
+        for name, tensor in tensors.items():
+            if name.endswith(".step") and not (tensor == about["step"]).all():
+                raise ValueError(f"{stored.name} is damaged: {name} is not {about['step']}")
+        self._spoilt = "it was stopped while another one was taken up"
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(tensors[name])
+        self.step, self.losses, self.stored = about["step"], about["losses"], stored
         self.release()
+        self._spoilt = None
 
     def release(self) -> None:
         """Free the CUDA graph; NCCL waits for that where a process group ends. A further step records a new one."""
         self._graph, self._steps_here = None, 0
 
+    def _named(self, model: dict, moments: dict) -> dict[str, Tensor]:
+        return {f"model.{name}": tensor for name, tensor in model.items()} | {
+            f"optimizer.state.{self._names[parameter]}.{kind}": tensor
+            for parameter, some in moments.items()
+            for kind, tensor in some.items()
+        }
+
+    def _block(self, end: int, told: list[int]) -> bool:
+        """Train up to step ``end``, or stop if told to, and return whether this process or another was told."""
+        while self.step < end and not (told and self._alone):
+            self._fill(self.step)
+            self._found[self.step % BLOCK] = self._one_step()
+            self.step += 1
+            self._spoilt = None
+        if end < self.config.steps:  # the device is still at work
+            self._drawn(end // BLOCK)
+        return self._note_losses(bool(told))
+
+    def _note_losses(self, told: bool = False) -> bool:
+        """Look at the losses of the steps since the last look, which waits for the device."""
+        noted = len(self.losses)
+        if noted == self.step:
+            return told
+        first = noted % BLOCK
+        found = self._found[first : first + self.step - noted]
+        found, told = self._of_whole_batches(found, told)
+        found = found.tolist()
+        good = next((i for i, loss in enumerate(found) if not math.isfinite(loss)), len(found))
+        self.losses += found[:good]
+        if good < len(found):
+            self.step = len(self.losses)
+            self._spoilt = "its loss was not finite"
+            raise Diverged(
+                f"the loss is {found[good]} at step {self.step}; lower lr={self.config.lr} or "
+                f"logit_lr={self.config.logit_lr}, or lengthen warmup={self.config.warmup}, in a new training: "
+                "what is stored of this one goes on only as it was, and would come to the same"
+            )
+        return told
+
     def _wrapped(self, model: SigLIP) -> nn.Module:
         """From a batch to its loss; here what spreads the work over many processes may come in."""
         return PairLoss(model, sigmoid_loss)
 
-    def _of_whole_batches(self, losses: Tensor) -> Tensor:
-        return losses
+    def _of_whole_batches(self, losses: Tensor, told: bool) -> tuple[Tensor, bool]:
+        return losses, told
 
     def _fill(self, step: int) -> None:
         """Put the inputs of a step where the graph reads them."""
@@ -276,17 +393,21 @@ class Training:
 
     def _one_step(self) -> Tensor:
         if self._graph is not None:
-            self._graph.replay()
-            return self._loss
+            return self._replay()
         if self.device.type != "cuda" or self._steps_here < self._eager_steps:
             self._steps_here += 1
             return self._forward_backward_update()
-        self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
         # what other threads do, such as the one that watches over NCCL, must not spoil the recording
-        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._loss = self._forward_backward_update()
-        self._graph.replay()  # recording ran nothing
+        self._graph = graph
+        return self._replay()  # recording ran nothing
+
+    def _replay(self) -> Tensor:
+        self._spoilt = _HALF
+        self._graph.replay()
         return self._loss
 
     def _forward_backward_update(self) -> Tensor:
@@ -295,6 +416,7 @@ class Training:
             loss = self._forward()
             loss.backward()
         self._clip()
+        self._spoilt = _HALF  # until the step is counted
         self.optimizer.step()
         return loss.detach()
 
@@ -332,6 +454,29 @@ class PairLoss(nn.Module):
         ):
             image, text = self.model.encode_image(pixels), self.model.encode_text(tokens)
         return self.loss(image, text, self.model.logit_scale, self.model.logit_bias, ids, ids)
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[list[int]]:
+    """Let the first Ctrl-C only fill a list, for the loop to look at: one within a step would leave half of it done."""
+    told: list[int] = []
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield told  # it comes to another thread, or somebody else takes it
+        return
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        if told:
+            raise KeyboardInterrupt
+        told.append(number)
+
+    signal.signal(signal.SIGINT, tell)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if told:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -379,9 +524,33 @@ def _optimizer(model: SigLIP, config: TrainConfig, device: torch.device) -> torc
         {"params": p, "lr": torch.tensor(lr, device=device), "highest": lr, "weight_decay": decay}
         for p, lr, decay in rates
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         groups, betas=(0.9, 0.98), fused=True, capturable=device.type == "cuda"
     )
+    # AdamW would begin so at its first step; now a training that has not begun is stored and taken up as any other
+    for parameter in (p for group in groups for p in group["params"] if p.requires_grad):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def _check_alike(found: Mapping[str, object], wanted: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors of other names, shapes or kinds than the wanted ones, or with elements that are not finite."""
+    if odd := sorted(found.keys() ^ wanted.keys()):
+        raise ValueError(f"{where} is damaged: missing or unexpected are {listed(odd, 5)}")
+    for name, tensor in wanted.items():
+        other = found[name]
+        if not isinstance(other, Tensor) or other.is_meta or other.layout != tensor.layout:
+            raise ValueError(f"{where} is damaged: {name} is no plain tensor")
+        if (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(
+                f"{where} is damaged: {name} is {other.dtype} {tuple(other.shape)}, "
+                f"not {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    finite_tensors(f"{where} is damaged: there are", found)
 
 
 def _caption_table(
