@@ -34,7 +34,7 @@ speed: $(VENV)/ready  ## on a GPU: time SO400M beside timm and transformers, a q
 	$(BIN)/python tests/speed_of_tower.py
 
 speed-many: $(VENV)/ready  ## on all GPUs of a machine: time the ring loss, DDP and FSDP2, a few minutes
-	$(BIN)/torchrun --standalone --nproc-per-node=gpu tests/speed_many_gpus.py
+	$(BIN)/python -m siglip_lib.launch gpu tests/speed_many_gpus.py
 
 weights: $(VENV)/ready  ## on a GPU: train the SigLIP that ships, three seeds, 4 minutes
 	$(BIN)/python tests/train_emoji64.py weights

@@ -197,8 +197,11 @@ def save_checkpoint(training: Training, folder: str | Path) -> Path:
                 for path in _checkpoints(folder, ".part") + _checkpoints(folder):
                     if path != final:
                         shutil.rmtree(path)
-    except CheckpointException as error:
-        raise OSError(f"{final} was not stored: {_cause(error)}") from error
+    except FileExistsError:
+        raise
+    except (OSError, CheckpointException) as error:
+        cause = _cause(error) if isinstance(error, CheckpointException) else error
+        raise OSError(f"{final} was not stored: {cause}") from error
     finally:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)

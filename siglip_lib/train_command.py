@@ -36,9 +36,9 @@ _DESCRIPTION = """Train a SigLIP on emoji64. One process:
   python -m siglip_lib.train --out run
 four, on a GPU each if there are any:
   python -m siglip_lib.launch 4 -m siglip_lib.train --out run"""
-_EPILOG = """--out gets metrics.csv, checkpoints/ and, at the end, weights/, which load_siglip reads. Ctrl-C, SIGTERM and SIGHUP
-store a checkpoint and end the run (exit code 128 and the signal's number); --resume goes on, also with another number of
-processes."""
+_EPILOG = """--out gets metrics.csv, checkpoints/ and, at the end, weights/, which load_siglip reads. Ctrl-C, SIGTERM
+and SIGHUP store a checkpoint and end the run (exit code 128 + the signal's number); --resume goes on, also with another
+number of processes."""
 # how long a process waits for the others: one that died unseen must not keep them for ever
 _TIMEOUT = timedelta(seconds=50)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -51,8 +51,8 @@ def main() -> None:
     given = _arguments(parser)
     stop = _Stop()
     with _process_group(given.device):
-        metrics = _opened(given, parser)
         training = _training(given, parser)
+        metrics = _opened(given, parser)
         checkpoints = given.out / "checkpoints"
         if given.resume:
             load_checkpoint(training, checkpoints)
@@ -111,7 +111,8 @@ class _Metrics:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+        # neither emptied nor anew: another run may be writing it
+        self._file = path.open("r+" if path.exists() else "x+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,5 +1,6 @@
 """Several processes on one machine, as a group: started once, given one function, and gone within a time limit."""
 
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -30,6 +31,7 @@ def run_group(function: Callable, world: int, folder: Path, *args: object, limit
 
 def _process(rank: int, function: Callable, world: int, folder: Path, args: tuple) -> None:
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # not where the network could reach it
     meeting = (folder / "meeting").as_uri()
     dist.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=30)

@@ -1,7 +1,7 @@
-"""Time the loss and a training step on the GPUs of one machine, under torchrun. Prints tables, and stores them as JSON.
+"""Time the loss and a training step on the GPUs of one machine. Prints tables, and stores them as JSON.
 
-torchrun --standalone --nproc-per-node 4 tests/speed_many_gpus.py --json many4.json     # all parts: a few minutes
-torchrun --standalone --nproc-per-node 4 tests/speed_many_gpus.py loss tower            # some of them
+python -m siglip_lib.launch 4 tests/speed_many_gpus.py --json many4.json     # all parts: a few minutes
+python -m siglip_lib.launch 4 tests/speed_many_gpus.py loss tower            # some of them
 
     loss       the ring beside all texts gathered: distance from float64, then time and memory of forward and backward
     tower      SO400M at 384 px, a training step with DDP and with FSDP2, a block a unit
@@ -36,6 +36,7 @@ from train_emoji64 import shares
 from siglip_lib import create_siglip_vit, device_report
 from siglip_lib.distributed import DistributedTraining, whole_model
 from siglip_lib.emoji64 import load_emoji64, split
+from siglip_lib.launch import meeting
 from siglip_lib.losses import sigmoid_loss
 from siglip_lib.ring import ring_sigmoid_loss
 from siglip_lib.siglip import SigLIP, embed_pictures, embed_texts
@@ -98,14 +99,14 @@ def main() -> None:
     else:
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(seconds=60))
+    dist.init_process_group(backend, timeout=timedelta(seconds=60), **meeting())
     say(device_report(device) + f"\nprocesses: {dist.get_world_size()}")
     figures = {"device": device_report(device), "processes": dist.get_world_size()}
     for name in given.parts or parts:
         say(f"\n{name}")
         figures[name] = parts[name](device, given.small)
         if given.json and dist.get_rank() == 0:
-            given.json.write_text(json.dumps(figures, indent=1) + "\n")
+            given.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     dist.destroy_process_group()
 
 

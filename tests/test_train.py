@@ -1,7 +1,11 @@
 """Training: the same from the same seed, in one go or in parts; what breaks stops it, and nothing is lost."""
 
+import copy
 import math
+import os
 import re
+import signal
+import sys
 from dataclasses import replace
 
 import pytest
@@ -25,6 +29,7 @@ SIZES = replace(
     EMOJI64_SIGLIP, width=32, layers=1, heads=2, mlp_hidden=32, text_width=32, text_layers=1
 )
 SMALL = TrainConfig(steps=8, batch=16, warmup=2, seed=3)
+FOUR = replace(SMALL, steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +191,11 @@ def test_the_rate_rises_along_a_line_and_falls_along_a_cosine():
     assert 0 < rates[-1] < 1e-4
 
 
+def test_rate_is_the_learning_rate(new):
+    assert new().rate(0) == SMALL.lr / SMALL.warmup
+    assert new().rate(SMALL.warmup) == SMALL.lr
+
+
 @pytest.mark.parametrize("keywords", [True, False])
 def test_captions_with_and_without_keywords(new, keywords):
     training = new(replace(SMALL, keywords=keywords))
@@ -202,6 +212,128 @@ def test_stops_when_the_loss_is_no_number_and_says_what_to_do(new):
         training.run(progress=False)
     assert training.step == 2
     assert len(training.losses) == 2
+
+
+def test_a_spoilt_training_neither_runs_nor_is_stored(new, tmp_path):
+    training = new()
+    training.save(tmp_path / "good.pt")
+    with torch.no_grad():
+        training.model.logit_bias.fill_(math.nan)
+    with pytest.raises(
+        ValueError, match=r"bad.pt was not written: .* NaN or infinite .*logit_bias"
+    ):
+        training.save(tmp_path / "bad.pt")
+    with pytest.raises(Diverged, match="in a new training"):
+        training.run(progress=False)
+    for use in (training.run, lambda: training.save(tmp_path / "bad.pt")):
+        with pytest.raises(RuntimeError, match=r"its loss was not finite; take up '.*good\.pt'"):
+            use()
+    assert [path.name for path in tmp_path.iterdir()] == ["good.pt"]
+    training.load(tmp_path / "good.pt")
+    training.run(1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole(emoji, places, tokenizer):
+    """A training of four steps that nothing stopped."""
+    torch.manual_seed(0)
+    training = Training(SigLIP(SIZES), tokenizer, emoji, places, FOUR, "cpu")
+    training.run(progress=False)
+    return training
+
+
+@pytest.mark.parametrize(
+    ("where", "stride", "wanted"),
+    [("siglip_lib/train.py", 3, {"went on", "refused"}), ("optim/adam.py", 61, {"refused"})],
+)
+def test_an_interrupt_anywhere_spoils_nothing_unseen(
+    new, whole, tmp_path, where, stride, wanted, monkeypatch
+):
+    """Raised before every third line, or the 61st, in turn: the training goes on bit by bit, or says that it can't."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    training, outcomes, path = new(FOUR), set(), tmp_path / "one.pt"
+    training.run(1, progress=False)
+    training.save(path)
+    at = lines = 0
+
+    def watch(frame, event, argument):
+        nonlocal lines
+        if not frame.f_code.co_filename.endswith(where):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == at:
+                raise KeyboardInterrupt
+        return watch
+
+    while lines >= at:  # else all of them had their turn
+        training.load(path)
+        at, lines = at + stride, 0
+        before = sys.gettrace()
+        sys.settrace(watch)
+        try:
+            training.run(3, progress=False)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        said = ""
+        try:
+            training.save(tmp_path / "then.pt")
+            training.run(progress=False)
+        except RuntimeError as error:
+            said = str(error)
+        if said:
+            assert re.search(r"broken off within a step, .* take up '.*one\.pt'", said)
+        else:
+            assert training.losses == whole.losses
+            assert same(weights(training), weights(whole))
+        if lines >= at:
+            outcomes.add("refused" if said else "went on")
+    assert outcomes == wanted
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step_and_a_second_one_does_not(
+    new, whole, tmp_path, monkeypatch
+):
+    training, clip, presses = new(FOUR), Training._clip, 1
+
+    def press(self):
+        if self.step == 1:
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+        clip(self)
+
+    monkeypatch.setattr(Training, "_clip", press)
+    with pytest.raises(KeyboardInterrupt):
+        training.run(progress=False)
+    assert training.step == 2
+    assert training.losses == whole.losses[:2]
+    training.save(tmp_path / "two.pt")
+    again = new(FOUR)
+    again.load(tmp_path / "two.pt")
+    for stopped in (training, again):
+        stopped.run(progress=False)
+        assert stopped.losses == whole.losses
+        assert same(weights(stopped), weights(whole))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    training, presses = new(FOUR), 2
+    with pytest.raises(KeyboardInterrupt):
+        training.run(progress=False)
+    assert training.step == 1  # in its second step nothing had changed yet
+    presses = 0
+    training.run(progress=False)
+    assert same(weights(training), weights(whole))
+
+
+def test_a_training_that_has_not_begun_is_stored_as_any_other(new, whole, tmp_path):
+    new(FOUR).save(tmp_path / "t.pt")
+    training = new(FOUR)
+    training.run(2, progress=False)
+    training.load(tmp_path / "t.pt")
+    training.run(progress=False)
+    assert same(weights(training), weights(whole))
 
 
 def test_a_bar_shows_loss_and_rate(new, capfd):
@@ -242,6 +374,87 @@ def test_another_training_is_not_taken_up(new, tmp_path, config, sizes, differs)
     assert same(weights(other), before)
 
 
+WEIGHT, FIRST_MOMENT = "image.patch_embed.proj.weight", ("optimizer", "state", 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("step",), -5, "step=-5 must lie in 0 to 8"),
+        (("step",), 10**9, "step=1000000000 must lie in 0 to 8"),
+        (("step",), True, "step=True"),
+        (("losses",), torch.zeros(0), "the losses of 2 steps"),
+        (("losses",), torch.tensor([1.0, math.nan]), "a loss is not finite"),
+        (("losses",), torch.zeros(2, device="meta"), "no training that was stored"),
+        (("config",), {}, "of another version, or damaged: not in both are ['batch', "),
+        (("config", "colour"), 1, "not in both are ['colour']"),
+        (("model",), {}, "missing or unexpected are model.image."),
+        (("model", "extra"), torch.zeros(1), "missing or unexpected are model.extra"),
+        (("model", WEIGHT), torch.zeros(1), f"model.{WEIGHT} is torch.float32 (1,), not"),
+        (
+            ("model", "logit_bias"),
+            torch.tensor(math.inf),
+            "NaN or infinite elements in model.logit_bias",
+        ),
+        (
+            ("model", "logit_bias"),
+            torch.zeros((), device="meta"),
+            "model.logit_bias is no plain tensor",
+        ),
+        (("model", "logit_bias"), torch.tensor(1), "model.logit_bias is torch.int64"),
+        ((*FIRST_MOMENT, "exp_avg"), None, f"{WEIGHT}.exp_avg is no plain tensor"),
+        ((*FIRST_MOMENT, "step"), torch.tensor(7.0), f"{WEIGHT}.step is not 2"),
+        (("optimizer", "state"), {}, "missing or unexpected are optimizer.state."),
+        (("optimizer",), 3, "no training that was stored, or a damaged one"),
+    ],
+)
+def test_a_damaged_training_is_refused_before_anything_changes(new, tmp_path, place, value, said):
+    training, path = new(), tmp_path / "t.pt"
+    training.run(2, progress=False)
+    training.save(path)
+    state = inner = torch.load(path, weights_only=True)
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    torch.save(state, path)
+    before = copy.deepcopy(training.tensors())
+    with pytest.raises(ValueError, match=re.escape(said)) as raised:
+        training.load(path)
+    assert "t.pt" in str(raised.value)
+    assert same(training.tensors(), before)
+    training.run(3, progress=False)
+
+
+class Touch:
+    """Where it is unpickled without care, a file appears."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_what_a_file_wants_run_is_not_run(new, tmp_path):
+    training, path = new(), tmp_path / "t.pt"
+    training.save(path)
+    torch.save(torch.load(path, weights_only=True) | {"step": Touch(tmp_path / "ran")}, path)
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(path.read_bytes()[:1000])
+    for file in (path, cut):
+        with pytest.raises(ValueError, match=f"{file.name} is no training that was stored"):
+            training.load(file)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(FileNotFoundError):
+        training.load(tmp_path / "missing.pt")
+
+
+def test_another_programs_file_beside_it_stays(new, tmp_path):
+    (tmp_path / "t.pt.part").write_text("mine")
+    new().save(tmp_path / "t.pt")
+    assert (tmp_path / "t.pt.part").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -249,12 +462,20 @@ def test_another_training_is_not_taken_up(new, tmp_path, config, sizes, differs)
         ({"lr": -1.0}, "lr=-1.0 must not be negative"),
         ({"clip": math.nan}, "clip=nan"),
         ({"strength": -0.5}, "strength=-0.5 must not be negative"),
+        ({"strength": 3}, "strength=3 must lie in [0, 2]"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be below"),
+        ({"steps": 10**9}, "steps=1000000000 must be below"),
     ],
 )
 def test_wrong_settings(wrong, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         TrainConfig(**wrong)
+
+
+def test_keywords_are_wanted_or_not():
+    with pytest.raises(TypeError, match="keywords=1 must be True or False"):
+        TrainConfig(keywords=1)
 
 
 def test_what_does_not_fit_is_refused_before_anything_moves(new, emoji, places):

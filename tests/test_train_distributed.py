@@ -1,7 +1,12 @@
 """Many processes train what one does; what is stored any number takes up; what dies or is told to stop ends soon."""
 
+import fcntl
+import json
+import math
 import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +21,11 @@ import torch
 import torch.distributed as dist
 from processes import run_group
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch.distributed.device_mesh import DeviceMesh
 
+import siglip_lib.distributed as distributed
+import siglip_lib.train as train
 from siglip_lib import SigLIP, Tokenizer, load_siglip
 from siglip_lib.distributed import (
     PARALLEL,
@@ -29,7 +37,7 @@ from siglip_lib.distributed import (
 )
 from siglip_lib.emoji64 import Emoji64, load_emoji64, split
 from siglip_lib.train import EMOJI64_SIGLIP, EMOJI64_WEIGHTS, TrainConfig, Training
-from siglip_lib.train_command import _Stop, main
+from siglip_lib.train_command import _SIGNALS, _Stop, main
 
 SIZES = replace(
     EMOJI64_SIGLIP, width=32, layers=2, heads=2, mlp_hidden=32, text_width=32, text_layers=1
@@ -104,6 +112,10 @@ def in_a_process(folder: Path, emoji: Emoji64) -> dict:
     dist.barrier()
     found["replaced"] = sorted(path.name for path in (folder / "stored").iterdir())
 
+    found["slow"], found["full"] = first_is_slow(training, folder), disk_is_full(training, folder)
+    if rank < 2:
+        found["interrupted"] = interrupt(new)
+
     stop = _Stop()
     before = stop.agreed()
     if rank == 1:
@@ -123,6 +135,60 @@ def in_a_process(folder: Path, emoji: Emoji64) -> dict:
 
 def fail(*args):
     raise OSError("no space left")
+
+
+def first_is_slow(training: Training, folder: Path) -> list[str]:
+    """What lies in the folder the moment that ``save_checkpoint`` returns; the first process makes the others wait."""
+    begin, rename = distributed._begin, os.replace
+    if training.rank == 0:
+        distributed._begin = lambda *args: (time.sleep(0.5), begin(*args))
+        os.replace = lambda *args: (time.sleep(0.5), rename(*args))
+    stored = save_checkpoint(training, folder / "slow")
+    left = [path.name for path in stored.parent.iterdir()]
+    distributed._begin, os.replace = begin, rename
+    return left
+
+
+def disk_is_full(training: Training, folder: Path) -> list[str]:
+    """What all processes are told, and what is left, where the first can't write its file or rename the folder."""
+    said = []
+    for name in ("write_text", "replace"):
+        owner = Path if name == "write_text" else os
+        kept = getattr(owner, name)
+        if training.rank == 0:
+            setattr(owner, name, fail)
+        try:
+            save_checkpoint(training, folder / "full")
+        except OSError as error:
+            said.append(str(error))
+        setattr(owner, name, kept)
+    dist.barrier()
+    return said + [path.name for path in (folder / "full").iterdir()]
+
+
+def interrupt(new: Callable) -> list:
+    """Ctrl-C in one of two processes: where both then stand, and whether going on gives what nothing stopped."""
+    train.BLOCK = 2
+    whole, stopped = new(2, "ddp"), new(2, "ddp")
+    whole.run(progress=False)
+    clip = DistributedTraining._clip
+
+    def press(training: DistributedTraining) -> None:
+        if training.step == training.rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        clip(training)
+
+    DistributedTraining._clip = press
+    found = []
+    try:
+        stopped.run(progress=False)
+    except KeyboardInterrupt:
+        found.append(stopped.step)
+    DistributedTraining._clip = clip
+    stopped.run(progress=False)
+    train.BLOCK = 50
+    same = map(torch.equal, stopped.model.state_dict().values(), whole.model.state_dict().values())
+    return [*found, stopped.losses == whole.losses, all(same)]
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +273,46 @@ def test_what_several_stored_one_takes_up_and_another_training_does_not(found, f
         load_checkpoint(other, folder / "nothing")
 
 
+def test_no_process_runs_ahead_of_a_slow_one(found):
+    assert [here["slow"] for here in found] == [["step_000000004"]] * 4
+
+
+def test_what_one_process_cannot_store_all_hear_of_and_nothing_is_left(found):
+    for here in found:
+        assert len(here["full"]) == 2
+        for said in here["full"]:
+            assert re.fullmatch(r".*step_000000004 was not stored: no space left", said)
+
+
+def test_interrupted_in_one_process_both_stop_at_one_step_and_can_go_on(found):
+    assert [here["interrupted"] for here in found[:2]] == [[2, True, True]] * 2
+
+
+def test_broken_off_it_does_not_go_on_and_says_what_to_take_up(emoji, tmp_path, monkeypatch):
+    """Other processes may have done the step."""
+    meeting = dist.FileStore(str(tmp_path / "meeting"), 1)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=meeting, rank=0, world_size=1)
+    try:
+        training = DistributedTraining(*parts(emoji), DeviceMesh("cpu", [0]), "cpu")
+        training.run(1, progress=False)
+        save_checkpoint(training, tmp_path / "stored")
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "augment", fail)
+            with pytest.raises(OSError, match="no space left"):
+                training.run(progress=False)
+        said = "may not stand at the same step; take up '.*step_000000001'"
+        for use in (training.run, lambda: save_checkpoint(training, tmp_path / "stored")):
+            with pytest.raises(RuntimeError, match=said):
+                use()
+        load_checkpoint(training, tmp_path / "stored")
+        training.run(2, progress=False)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_told_to_stop_all_do(found):
-    assert [here["agreed"] for here in found] == [[False, True]] * 4
+    assert [here["agreed"] for here in found] == [[0, signal.SIGTERM]] * 4
 
 
 def test_what_cannot_be_shared_is_refused_by_all(found):
@@ -217,15 +321,178 @@ def test_what_cannot_be_shared_is_refused_by_all(found):
         assert here["parallel"].startswith("parallel='tp' is unknown; allowed are ('ddp', 'fsdp2')")
 
 
+# --- checkpoints that somebody else wrote, or that are damaged ---
+
+
+@pytest.fixture(scope="module")
+def undamaged(emoji, tmp_path_factory):
+    """A checkpoint of two steps, by one process."""
+    training = Training(*parts(emoji), "cpu")
+    training.run(2, progress=False)
+    return save_checkpoint(training, tmp_path_factory.mktemp("one"))
+
+
+class Touch:
+    """Where it is unpickled without care, a file appears."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.path}",)
+
+
+NAME = "optimizer.state.logit_bias.exp_avg"
+
+
+def changed(stored: Path, change: Callable) -> None:
+    path = stored / ".metadata"
+    contents = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(change(contents) or contents))
+
+
+def with_a_command(stored: Path, as_bytes: bool) -> None:
+    """In the place of a tensor; as bytes torch would unpickle it with all it asks for."""
+    file = stored / "__0_0.distcp"
+    start = file.stat().st_size
+    with file.open("ab") as end:
+        torch.save(Touch(stored.parent / "ran"), end)
+
+    def change(contents):
+        (index,) = (index for index in contents.storage_data if index.fqn == NAME)
+        place = contents.storage_data.pop(index)
+        place.offset, place.length = start, file.stat().st_size - start
+        if as_bytes:
+            contents.state_dict_metadata[NAME] = BytesStorageMetadata()
+            index = MetadataIndex(NAME)
+        contents.storage_data[index] = place
+
+    changed(stored, change)
+
+
+def about(**new: object) -> Callable:
+    def change(stored: Path) -> None:
+        path = stored / "training.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | new))
+
+    return change
+
+
+def elsewhere(contents) -> None:
+    next(iter(contents.storage_data.values())).relative_path = "../__0_0.distcp"
+
+
+DAMAGES = {
+    "a command in the contents": (
+        lambda s: (s / ".metadata").write_bytes(pickle.dumps(Touch(s.parent / "ran"))),
+        "is damaged: UnpicklingError: posix.system has no place in a checkpoint; delete it",
+    ),
+    "a command beside the contents": (
+        lambda s: changed(s, lambda contents: [contents, Touch(s.parent / "ran")]),
+        "posix.system has no place",
+    ),
+    "bytes for a tensor": (lambda s: with_a_command(s, True), f"{NAME} is no tensor"),
+    "a pickle for a tensor": (lambda s: with_a_command(s, False), "is damaged: UnpicklingError"),
+    "a file elsewhere": (lambda s: changed(s, elsewhere), "'../__0_0.distcp' lies elsewhere"),
+    "contents cut": (
+        lambda s: (s / ".metadata").write_bytes((s / ".metadata").read_bytes()[:500]),
+        "is damaged: ",
+    ),
+    "no contents": (lambda s: (s / ".metadata").unlink(), "is damaged: FileNotFoundError"),
+    "other contents": (lambda s: changed(s, lambda contents: 3), "is damaged: AttributeError"),
+    "tensors cut": (lambda s: os.truncate(s / "__0_0.distcp", 5000), "is damaged: "),
+    "no tensors": (lambda s: (s / "__0_0.distcp").unlink(), "is damaged: FileNotFoundError"),
+    "a tensor less": (
+        lambda s: changed(s, lambda c: c.state_dict_metadata.pop(NAME) and None),
+        f"missing or unexpected are {NAME}",
+    ),
+    "a part of a tensor less": (
+        lambda s: changed(s, lambda c: c.state_dict_metadata[NAME].chunks.clear()),
+        f"NaN or infinite elements in {NAME}",
+    ),
+    "another shape": (
+        lambda s: changed(
+            s, lambda c: setattr(c.state_dict_metadata[NAME], "size", torch.Size([2]))
+        ),
+        f"{NAME} is torch.float32 (2,)",
+    ),
+    "no JSON": (lambda s: (s / "training.json").write_text("{"), "is damaged: JSONDecodeError"),
+    "other JSON": (lambda s: (s / "training.json").write_text("[1]"), "does not tell its settings"),
+    "nested JSON": (
+        lambda s: (s / "training.json").write_text("[" * 10**5),
+        "is damaged: Recursion",
+    ),
+    "no settings": (about(settings={}), "not in both are ['batch', "),
+    "an unknown setting": (about(settings={"colour": 1}), "not in both are ["),
+    "a huge step": (about(step=10**9), "step=1000000000 must lie in 0 to 6"),
+    "a negative step": (about(step=-5), "step=-5"),
+    "another step": (about(step=1, losses=[1.0]), ".step is not 1"),
+    "no losses": (about(losses=[]), "the losses of 2 steps"),
+    "losses that are no numbers": (about(losses=[1.0, math.nan]), "a loss is not finite"),
+    "losses that are words": (about(losses=["a", "b"]), "a loss is not finite"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_and_nothing_of_it_is_run(
+    emoji, undamaged, tmp_path, damage
+):
+    stored = tmp_path / "stored" / undamaged.name
+    shutil.copytree(undamaged, stored)
+    act, said = DAMAGES[damage]
+    act(stored)
+    training = Training(*parts(emoji), "cpu")
+    before = {name: tensor.clone() for name, tensor in training.tensors().items()}
+    with pytest.raises(ValueError, match=re.escape(said)) as raised:
+        load_checkpoint(training, stored.parent)
+    assert "step_000000002" in str(raised.value)
+    assert not (stored.parent / "ran").exists()
+    for name, tensor in training.tensors().items():
+        assert torch.equal(tensor, before[name]), name
+    assert training.step == 0
+
+
+def test_weights_that_are_not_finite_are_not_stored(emoji, tmp_path):
+    training = Training(*parts(emoji), "cpu")
+    with torch.no_grad():
+        training.model.logit_bias.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"step_000000000 was not stored: .* model.logit_bias"):
+        save_checkpoint(training, tmp_path / "stored")
+    assert not (tmp_path / "stored").exists()
+
+
+def test_only_what_is_named_as_a_checkpoint_is_one(emoji, tmp_path):
+    training, kept = (
+        Training(*parts(emoji), "cpu"),
+        ("step_000000005_good", "step_backup", "step_5"),
+    )
+    for name in (*kept, "step_000000003.part", "step_0000000001"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_notes.txt").write_text("mine")
+    (tmp_path / "step_999999999").symlink_to("step_5")
+    assert newest_checkpoint(tmp_path) is None
+    save_checkpoint(training, tmp_path)
+    training.run(1, progress=False)
+    stored = save_checkpoint(training, tmp_path)
+    assert newest_checkpoint(tmp_path) == stored
+    others = {*kept, "step_0000000001", "step_notes.txt", "step_999999999"}
+    assert {path.name for path in tmp_path.iterdir()} == others | {"step_000000001"}
+    with pytest.raises(FileExistsError, match="step_000000001 is stored already"):
+        save_checkpoint(training, tmp_path)
+    again = Training(*parts(emoji), "cpu")
+    load_checkpoint(again, tmp_path)
+    assert again.step == 1
+
+
 # --- the command ---
 
 OPTIONS = ("--batch", "4", "--warmup", "2", "--device", "cpu")
 
 
 @contextmanager
-def torchrun(*options: str) -> Iterator[subprocess.Popen]:
+def launched(*options: str) -> Iterator[subprocess.Popen]:
     """Run the command in two processes; none outlives the block."""
-    by = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    by = [sys.executable, "-m", "siglip_lib.launch", "2"]
     line = [*by, "-m", "siglip_lib.train", *OPTIONS, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
@@ -251,6 +518,17 @@ def children(pid: int) -> set[int]:
         if int(fields[1]) == pid:
             found.add(int(stat.parent.name))
     return found
+
+
+def listening(pids: set[int]) -> list[str]:
+    """The addresses at which these processes wait for connections, in hexadecimal."""
+    sockets = set()
+    for pid in pids:
+        for end in Path(f"/proc/{pid}/fd").iterdir():
+            sockets |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(end)))
+    lines = "".join(Path(f"/proc/net/{kind}").read_text() for kind in ("tcp", "tcp6")).splitlines()
+    fields = [line.split() for line in lines]
+    return [x[1].split(":")[0] for x in fields if x[3] == "0A" and x[9] in sockets]
 
 
 def alive(pid: int) -> bool:
@@ -294,17 +572,20 @@ def here(monkeypatch) -> Iterator[Callable]:
         monkeypatch.setattr(sys, "argv", ["siglip_lib.train", *OPTIONS, *options])
         main()
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_stopped_killed_and_resumed_it_is_one_training(tmp_path, emoji, here, monkeypatch, capfd):
     out, steps = tmp_path / "run", 100_000
     options = ("--out", str(out), "--steps", str(steps), "--checkpoint-every")
 
-    with torchrun(*options, "1000") as running:
+    with launched(*options, "1000") as running:
         wait_until(lambda: len(steps_of(out)) >= 3, running)
+        addresses = listening(running.workers | {running.pid})
+        assert set(addresses) == {"0100007F"}  # gloo's, at 127.0.0.1 alone
         running.send_signal(signal.SIGTERM)
         said, _ = end_of(running)
     assert running.returncode != 0
@@ -312,7 +593,7 @@ def test_stopped_killed_and_resumed_it_is_one_training(tmp_path, emoji, here, mo
     assert [step for step, _ in steps_of(out)] == [*range(stored(out))]
 
     first = stored(out)
-    with torchrun(*options, "2", "--resume", "--parallel", "fsdp2") as running:
+    with launched(*options, "2", "--resume", "--parallel", "fsdp2") as running:
         wait_until(lambda: stored(out) > first + 1, running)
         killed = max(running.workers)
         os.kill(killed, signal.SIGKILL)
@@ -359,6 +640,51 @@ def test_at_the_end_there_are_weights(tmp_path, here, capfd):
     assert model.config == EMOJI64_SIGLIP
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_store_the_training(tmp_path, here, monkeypatch, number):
+    run = Training.run
+
+    def run_and_be_told(training, until, progress):
+        run(training, until, progress)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Training, "run", run_and_be_told)
+    with pytest.raises(SystemExit) as ended:
+        here("--out", str(tmp_path / "run"), "--steps", "5")
+    assert ended.value.code == 128 + number
+    assert stored(tmp_path / "run") == 1
+
+
+def test_a_folder_that_holds_something_or_is_in_use_is_left_alone(tmp_path, here, capfd):
+    out = tmp_path / "run"
+    weights, metrics = out / "weights", out / "metrics.csv"
+    out.write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        here("--out", str(out))
+    assert ended.value.code == 2
+    assert "Not a directory" in capfd.readouterr().err
+    out.unlink()
+    out.mkdir()
+    metrics.write_text("mine")
+    with pytest.raises(SystemExit):
+        here("--out", str(out))
+    assert f"{out} is not empty; choose another --out" in capfd.readouterr().err
+
+    (out / "checkpoints" / "step_000000001").mkdir(parents=True)
+    weights.mkdir()
+    (weights / "diary.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        here("--out", str(out), "--resume")
+    assert "holds diary.txt" in capfd.readouterr().err
+    shutil.rmtree(weights)
+    with metrics.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            here("--out", str(out), "--resume")
+    assert f"{out} belongs to a run that has not ended" in capfd.readouterr().err
+    assert metrics.read_text() == "mine"
+
+
 def test_wrong_options_are_refused_before_anything_begins(tmp_path, here, capfd, monkeypatch):
     (tmp_path / "old" / "checkpoints" / "step_000000007").mkdir(parents=True)
     new, old = ("--out", str(tmp_path / "new")), ("--out", str(tmp_path / "old"))
@@ -366,6 +692,8 @@ def test_wrong_options_are_refused_before_anything_begins(tmp_path, here, capfd,
         ((), "the following arguments are required: --out"),
         ((*new, "--steps", "0"), "steps=0 must be at least 1"),
         ((*new, "--lr", "-1"), "lr=-1.0 must not be negative"),
+        ((*new, "--seed", str(10**23)), "seed=100000000000000000000000 must be below"),
+        ((*new, "--batch", "9999"), "batch=9999 must be at most"),
         ((*new, "--checkpoint-every", "0"), "--checkpoint-every=0 must be at least 1"),
         ((*new, "--parallel", "fsdp2"), "--parallel fsdp2 is for several processes"),
         ((*new, "--resume"), "--resume: there is no checkpoint in"),
