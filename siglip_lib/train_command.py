@@ -52,16 +52,16 @@ def main() -> None:
     stop = _Stop()
     with _process_group(given.device):
         training = _training(given, parser)
-        metrics = _opened(given, parser)
         checkpoints = given.out / "checkpoints"
-        if given.resume:
-            load_checkpoint(training, checkpoints)
-        stopped = _train(training, checkpoints, given.checkpoint_every, stop, metrics)
-        training.release()
-        model = None if stopped else whole_model(training)
-        if model is not None:
-            save_siglip(model, _tokenizer(), given.out / "weights")
-            print(f"the weights are in {given.out / 'weights'}", file=sys.stderr)
+        with _folder(given, parser) as metrics:
+            if given.resume:
+                load_checkpoint(training, checkpoints)
+            stopped = _train(training, checkpoints, given.checkpoint_every, stop, metrics)
+            training.release()
+            model = None if stopped else whole_model(training)
+            if model is not None:
+                save_siglip(model, _tokenizer(), given.out / "weights")
+                print(f"the weights are in {given.out / 'weights'}", file=sys.stderr)
     if stopped:
         sys.exit(128 + stopped)  # as the shell reports it
 
@@ -116,6 +116,7 @@ class _Metrics:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.close()
             raise BlockingIOError(f"{path.parent} belongs to a run that has not ended") from None
         except OSError:  # this file system has no locks
             pass
@@ -129,9 +130,15 @@ class _Metrics:
 
     def add(self, training: Training, done: int) -> None:
         """Write what came after ``done`` steps."""
-        for step, loss in enumerate(training.losses[done:], start=done):
-            self._file.write(f"{step},{loss:.6g},{training.rate(step):.6g}\n")
-        self._file.flush()
+        try:
+            for step, loss in enumerate(training.losses[done:], start=done):
+                self._file.write(f"{step},{loss:.6g},{training.rate(step):.6g}\n")
+            self._file.flush()
+        except OSError as error:  # the system does not tell which file
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _Stop:
@@ -169,7 +176,10 @@ def _process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: the others may be gone
 
 
-def _opened(given: argparse.Namespace, parser: argparse.ArgumentParser) -> "_Metrics | None":
+@contextmanager
+def _folder(
+    given: argparse.Namespace, parser: argparse.ArgumentParser
+) -> Iterator["_Metrics | None"]:
     """Take the folder of the results, in the first process; refuse in all what would lose what it holds."""
     metrics, refusal = None, [None]
     if _rank() == 0:
@@ -184,7 +194,11 @@ def _opened(given: argparse.Namespace, parser: argparse.ArgumentParser) -> "_Met
         parser.error(refusal[0])
     if refusal[0]:
         sys.exit(2)
-    return metrics
+    try:
+        yield metrics
+    finally:
+        if metrics:
+            metrics.close()
 
 
 def _check_folder(out: Path, resume: bool) -> None:

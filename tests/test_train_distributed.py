@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from siglip_lib.distributed import (
 )
 from siglip_lib.emoji64 import Emoji64, load_emoji64, split
 from siglip_lib.train import EMOJI64_SIGLIP, EMOJI64_WEIGHTS, TrainConfig, Training
-from siglip_lib.train_command import _SIGNALS, _Stop, main
+from siglip_lib.train_command import _SIGNALS, _Metrics, _Stop, main
 
 SIZES = replace(
     EMOJI64_SIGLIP, width=32, layers=2, heads=2, mlp_hidden=32, text_width=32, text_layers=1
@@ -133,7 +133,7 @@ def in_a_process(folder: Path, emoji: Emoji64) -> dict:
     return found
 
 
-def fail(*args):
+def fail(*args, **options):
     raise OSError("no space left")
 
 
@@ -683,6 +683,15 @@ def test_a_folder_that_holds_something_or_is_in_use_is_left_alone(tmp_path, here
             here("--out", str(out), "--resume")
     assert f"{out} belongs to a run that has not ended" in capfd.readouterr().err
     assert metrics.read_text() == "mine"
+
+
+def test_a_full_disk_is_told_by_name(emoji):
+    training = Training(*parts(emoji), "cpu")
+    metrics = _Metrics(Path("/dev/full"))
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        metrics.begin(training)
+    with suppress(OSError):  # it tries once more
+        metrics.close()
 
 
 def test_wrong_options_are_refused_before_anything_begins(tmp_path, here, capfd, monkeypatch):
