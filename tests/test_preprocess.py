@@ -3,6 +3,10 @@
 import io
 import os
 import re
+import struct
+import sys
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +17,11 @@ from transformers import SiglipImageProcessor, SiglipImageProcessorPil
 from transformers.image_transforms import convert_to_rgb
 
 from siglip_lib.plots import PICTURES, picture
-from siglip_lib.preprocess import MODES, preprocess
+from siglip_lib.preprocess import FORMATS, MODES, ORIENTATION, preprocess
 
 LEVEL = 2 / 255  # one of the 255 steps between -1 and 1
 SIZES = [(1, 1), (2, 7), (40, 30), (3, 5000), (500, 333)]  # height, width
 BITS_8 = [mode for mode in MODES if not mode.startswith("I;16")]
-ORIENTATION = 0x112  # the tag's number in EXIF
 
 
 # transformers lays transparent pictures on white from some 5.x on
@@ -143,6 +146,56 @@ def test_what_is_transparent_is_white():
     assert (preprocess(array) == -1).all()
 
 
+def png(bits: int, colour: int, row: bytes, key: bytes) -> bytes:
+    """A PNG of two pixels side by side, of which PIL writes few kinds; ``key`` says what is transparent."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+    header = bytes([0, 0, 0, 2, 0, 0, 0, 1, bits, colour, 0, 0, 0])
+    palette = chunk(b"PLTE", bytes([0, 0, 0, 85, 85, 85])) if colour == 3 else b""
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette
+    return start + chunk(b"tRNS", key) + pixels + chunk(b"IEND", b"")
+
+
+GREY, RGB, PALETTE = 0, 2, 3
+# of each the left pixel is transparent, the right one opaque and of level 85, or 0 where there is but one bit
+KEYED = {
+    "1 bit": png(1, GREY, b"\x80", b"\0\1"),
+    "2 bits": png(2, GREY, b"\x90", b"\0\2"),
+    "4 bits": png(4, GREY, b"\x35", b"\0\3"),
+    "8 bits": png(8, GREY, bytes([9, 85]), b"\0\x09"),
+    "16 bits": png(16, GREY, bytes([1, 44, 85, 85]), bytes([1, 44])),
+    "16 bits, black": png(16, GREY, bytes([0, 0, 85, 85]), bytes([0, 0])),
+    "16 bits, near": png(16, GREY, bytes([85, 84, 85, 85]), bytes([85, 84])),
+    "RGB": png(8, RGB, bytes([1, 2, 3, 85, 85, 85]), bytes([0, 1, 0, 2, 0, 3])),
+    "RGB, 16 bits": png(16, RGB, bytes([1, 44] * 3 + [85] * 6), bytes([1, 44] * 3)),
+    "palette, one": png(8, PALETTE, bytes([0, 1]), b"\0"),
+    "palette, each": png(8, PALETTE, bytes([0, 1]), b"\0\xff"),
+    "palette of 4 bits": png(4, PALETTE, b"\x01", b"\0\xff"),
+}
+
+
+@pytest.mark.parametrize("kind", KEYED)
+def test_what_a_png_calls_transparent_is_white(kind, tmp_path):
+    (tmp_path / "keyed.png").write_bytes(KEYED[kind])
+    levels = (preprocess(tmp_path / "keyed.png", (1, 2)) + 1) * 127.5
+    expected = torch.tensor([255.0, 0 if kind == "1 bit" else 85]).expand(1, 3, 1, 2)
+    torch.testing.assert_close(levels, expected)
+
+
+def test_a_palette_with_alpha():
+    image = Image.new("P", (2, 1))
+    image.putpalette(bytes([0, 0, 0, 0, 85, 85, 85, 255]), "RGBA")
+    image.putpixel((1, 0), 1)
+    alike = [image, image.convert("RGBA"), image.convert("RGBA").quantize(2)]
+    assert [one.mode for one in alike] == ["P", "RGBA", "P"]
+    for one in alike:
+        levels = (preprocess(one, (1, 2)) + 1) * 127.5
+        torch.testing.assert_close(levels, torch.tensor([255.0, 85]).expand(1, 3, 1, 2))
+
+
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in BITS_8])
 def test_16_bits_are_scaled(mode):
     values = np.array([[0, 128, 129, 257, 30_000, 32_896, 65_406, 65_407, 65_535]])
@@ -195,6 +248,49 @@ def test_exif_of_a_16_bit_picture(tmp_path):
     deep.save(tmp_path / "deep.png", exif=exif)
     expected = preprocess(noise(4, 6)[::-1].T, (6, 4))
     assert_same(preprocess(tmp_path / "deep.png", (6, 4)), expected)
+
+
+def turned_jpeg(*changes: tuple[int, int]) -> bytes:
+    """A picture to turn by a quarter, with bytes of its EXIF block changed: tuples of place and value."""
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[0x100], exif[0x10F], exif[0x8769] = 6, 48, "maker", {0x9003: "2020"}
+    block = bytearray(exif.tobytes())
+    for place, value in changes:
+        block[place % len(block)] = value
+    return encoded(picture("cat", 48).crop((0, 0, 48, 32)), "JPEG", exif=bytes(block))
+
+
+def test_a_picture_is_read_whatever_its_exif(tmp_path):
+    path = tmp_path / "cat.jpg"
+    with Image.open(io.BytesIO(turned_jpeg())) as image:
+        pixels = np.asarray(image)
+    upright, as_it_is = preprocess(np.rot90(pixels, -1), 8), preprocess(pixels, 8)
+    places = np.random.default_rng(0).integers(0, [10_000, 256], (400, 2))
+    seen = []
+    for change in places.tolist():
+        path.write_bytes(turned_jpeg(change))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of corrupt EXIF data
+            seen.append(preprocess(path, 8))
+    turned = sum(torch.equal(one, upright) for one in seen)
+    assert turned > 250
+    assert sum(torch.equal(one, as_it_is) for one in seen) > 20
+
+
+def test_exif_that_pil_cannot_write_back(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[0x100] = 6, 1
+    block = exif.tobytes()
+    as_ascii = block.replace(bytes([1, 0, 0, 4]), bytes([1, 0, 0, 2]))  # the width, as a text
+    assert as_ascii != block
+    stored = picture("cat", 48).crop((0, 0, 48, 32))
+    (tmp_path / "cat.png").write_bytes(encoded(stored, exif=as_ascii))
+    with Image.open(tmp_path / "cat.png") as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    upright = stored.transpose(Image.Transpose.ROTATE_270)
+    assert_same(preprocess(tmp_path / "cat.png", 8), preprocess(upright, 8))
+    (tmp_path / "cat.png").write_bytes(encoded(stored, exif=b"not EXIF"))
+    assert_same(preprocess(tmp_path / "cat.png", 8), preprocess(stored, 8))
 
 
 def test_batch_is_the_single_ones(tmp_path):
@@ -254,7 +350,6 @@ def broken_files() -> dict[str, bytes]:
         "half.tif": (tif := encoded(image, "TIFF"))[: len(tif) // 2],
         "half.webp": (webp := encoded(image, "WEBP"))[: len(webp) // 2],
         "flipped.png": png[:60] + bytes(255 - byte for byte in png[60:200]) + png[200:],
-        "exif.png": encoded(image, exif=b"not EXIF"),  # PIL's own error is a SyntaxError
         "digits.ppm": b"P6 2 x2 255 " + bytes(12),  # here a bare ValueError
     }
 
@@ -288,21 +383,73 @@ def test_decompression_bomb(tmp_path, monkeypatch):
         preprocess(path)
 
 
+def test_more_pixels_than_pil_finds_safe(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    Image.new("1", (30, 30)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
+    assert preprocess(path).shape == (1, 3, 384, 384)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 899)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("pixels were read"))
+    message = r"^pictures: a picture of 30 x 30 has more than 899 pixels; make it smaller"
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        Image.open(path) as image,
+        pytest.raises(ValueError, match=message),
+    ):
+        preprocess(image)
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match=message):
+        preprocess(path)
+
+
+def test_other_formats_are_not_opened(tmp_path, monkeypatch):
+    # Ghostscript would run what an EPS holds
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(encoded(picture("cat", 16), "EPS"))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(ValueError, match=r"none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, AVIF;"):
+        preprocess(path)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_formats(kind, tmp_path):
+    stored = picture("cat", 48)
+    (tmp_path / "cat").write_bytes(encoded(stored, kind))
+    torch.testing.assert_close(
+        preprocess(tmp_path / "cat", 8), preprocess(stored, 8), rtol=0, atol=0.1
+    )
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "cat.png")
+    for path in (tmp_path / "cat.png", os.devnull):
+        message = f"^pictures: {re.escape(repr(path))} is no regular file$"
+        with pytest.raises(ValueError, match=message):
+            preprocess(path)
+
+
 HINT = "from floats in [0, 1]: (x * 255).round().astype('uint8')"
-ALLOWED = "must be a path, a PIL picture or a uint8 array; "
+ALLOWED = "must be a path, a PIL picture or a uint8 array"
 SHAPES = "must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) with at least one pixel"
 REFUSED = [
-    (np.zeros((2, 2)), TypeError, f"ndarray of float64 {ALLOWED}{HINT}"),
-    (np.zeros((2, 2, 3), np.float32), TypeError, f"ndarray of float32 {ALLOWED}{HINT}"),
-    (np.zeros((2, 2), np.uint16), TypeError, f"ndarray of uint16 {ALLOWED}"),
-    (np.zeros((2, 2), bool), TypeError, f"ndarray of bool {ALLOWED}"),
+    (np.zeros((2, 2)), TypeError, f"ndarray of float64 {ALLOWED}; {HINT}"),
+    (np.zeros((2, 2, 3), np.float32), TypeError, f"ndarray of float32 {ALLOWED}; {HINT}"),
+    (
+        np.zeros((2, 2), np.uint16),
+        TypeError,
+        f"ndarray of uint16 {ALLOWED}; from integers in 0..255: x.astype('uint8')",
+    ),
+    (np.zeros((2, 2), bool), TypeError, f"ndarray of bool {ALLOWED}; {HINT}"),
     (
         torch.zeros(3, 2, 2),
         TypeError,
-        f"Tensor of torch.float32 {ALLOWED}from floats in [0, 1]: x = x.permute(1, 2, 0).numpy(), "
+        f"Tensor of torch.float32 {ALLOWED}; from floats in [0, 1]: x = x.permute(1, 2, 0).numpy(), "
         "then (x * 255).round().astype('uint8')",
     ),
-    (torch.zeros(2, 2, 3, dtype=torch.uint8), TypeError, f"Tensor of torch.uint8 {ALLOWED}"),
+    (
+        torch.zeros(3, 2, 2, dtype=torch.uint8),
+        TypeError,
+        f"Tensor of torch.uint8 {ALLOWED}; from (3, H, W): x.permute(1, 2, 0).numpy()",
+    ),
     (None, TypeError, f"NoneType {ALLOWED}"),
     (b"cat.png", TypeError, f"bytes {ALLOWED}"),
     ({1: 2}, TypeError, f"dict {ALLOWED}"),
@@ -327,7 +474,8 @@ def test_refused(given, kind, message, monkeypatch):
     with pytest.raises(kind, match="^" + re.escape(f"pictures: {message}")):
         preprocess(given)
     # before any work: neither the file nor the picture before it is looked at
-    monkeypatch.setattr(ImageOps, "exif_transpose", lambda _: pytest.fail("work was done"))
+    module = sys.modules["siglip_lib.preprocess"]  # the package's attribute is the function
+    monkeypatch.setattr(module, "_upright_rgb", lambda *_: pytest.fail("work was done"))
     with pytest.raises(kind, match="^" + re.escape(f"pictures[3]: {message}")):
         preprocess([noise(2, 2), "nowhere.png", noisy("L"), given, None])
 
