@@ -2,6 +2,7 @@
 
 import io
 import string
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 
 from siglip_lib.block import Block
 from siglip_lib.checks import count, positive_int, tensor
+from siglip_lib.files import replacing
 from siglip_lib.layers import GELU_TANH
 from siglip_lib.vision_transformer import LAYER_NORM
 from siglip_lib.weight_init import init_rule, lecun_normal_, named_apply, reset_parameters
 
 PAD, EOS, UNKNOWN = 0, 1, 2  # as in SigLIP's vocabulary; the first is never used
+# SentencePiece leaves out of a training, without a word, lines of more bytes and those with its sign for the unknown
+_LINE, _SIGN = 4192, "▅"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -35,7 +39,9 @@ class Tokenizer:
     Shapes: a list of B texts to (B, N), int64, on the CPU.
 
     Raises:
-        ValueError: the file is no SentencePiece model, or its piece 1 does not end a text.
+        TypeError: the texts are no list of strings.
+        ValueError: the file is no SentencePiece model, or its piece 1 does not end a text; a text holds half of a
+            character (a lone surrogate).
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 4, and its code (big_vision);
     Kudo and Richardson, SentencePiece (2018).
@@ -75,26 +81,30 @@ def train_tokenizer(captions: Iterable[str], path: str | Path, vocab_size: int) 
     The same captions in the same order give the same file.
 
     Args:
-        captions: texts; they are canonicalized as ``Tokenizer`` does.
+        captions: texts of any length; they are canonicalized as ``Tokenizer`` does, and "▅", which SentencePiece
+            reserves, counts as a space.
         path: the file to write.
         vocab_size: number of pieces, with ``<pad>`` (id 0), ``</s>`` (1), ``<unk>`` (2) and every character of the
             captions among them.
 
     Raises:
-        ValueError: there are no captions, or that number of pieces is too small or too large for them.
+        TypeError: the captions are no list of strings, or vocab_size is no int.
+        ValueError: there are no captions, one holds half of a character (a lone surrogate), or that number of pieces is
+            too small or too large for them.
 
     Source: Kudo, Subword Regularization (2018), section 3.2 (unigram language model).
     """
     from sentencepiece import SentencePieceTrainer
 
     count("vocab_size", vocab_size, least=4)
-    captions = [text for text in map(canonicalize, _strings("captions", captions)) if text]
-    if not captions:
+    texts = [text.replace(_SIGN, " ") for text in _strings("captions", captions)]
+    lines = [line for text in texts for line in _lines(canonicalize(text))]
+    if not lines:
         raise ValueError("captions hold no text")
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(captions),
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="unigram",
@@ -108,7 +118,17 @@ def train_tokenizer(captions: Iterable[str], path: str | Path, vocab_size: int) 
         )
     except RuntimeError as error:
         raise ValueError(f"vocab_size={vocab_size} does not fit the captions: {error}") from error
-    Path(path).write_bytes(model.getvalue())
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.getvalue())
+
+
+def _lines(text: str) -> list[str]:
+    """The text in as many lines as SentencePiece needs; pieces end at spaces, so it is cut there where it can be."""
+    if len(text.encode()) <= _LINE:
+        return [text] if text else []
+    return textwrap.wrap(
+        text, _LINE // 4, break_on_hyphens=False
+    )  # a character has at most 4 bytes
 
 
 def _strings(name: str, texts: Iterable[str]) -> list[str]:
@@ -116,6 +136,14 @@ def _strings(name: str, texts: Iterable[str]) -> list[str]:
     found = [texts] if isinstance(texts, str) else list(texts)
     if isinstance(texts, str) or not all(isinstance(text, str) for text in found):
         raise TypeError(f"{name} must be a list of strings, not {texts!r}")
+    for place, text in enumerate(found):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}[{place}]={text!r} holds half of a character at {error.start}; "
+                "text.encode(errors='replace').decode() puts ? in its place"
+            ) from error
     return found
 
 

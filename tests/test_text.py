@@ -239,6 +239,16 @@ def test_texts_are_a_list_of_strings(texts, pair):
         pair[0](texts)
 
 
+def test_half_of_a_character_is_named(pair, tmp_path):
+    texts = ["a 😀 cat", "a \ud83d cat"]
+    said = r"\[1\]='a \\ud\w+ cat' holds half of a character at 2; "
+    with pytest.raises(ValueError, match=f"^texts{said}"):
+        pair[0](texts)
+    with pytest.raises(ValueError, match=f"^captions{said}"):
+        train_tokenizer(texts, tmp_path / "a.model", 50)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_is_no_sentencepiece_model(tmp_path):
     for content in (b"", b"garbage" * 9):
         (tmp_path / "a.model").write_bytes(content)
@@ -276,6 +286,32 @@ def test_training_is_quiet_and_gives_the_same_file_again(pieces, tmp_path, capfd
     assert capfd.readouterr() == ("", "")
     train_tokenizer(CAPTIONS[1:], tmp_path / "a.model", 50)
     assert (tmp_path / "a.model").read_bytes() != pieces.read_bytes()
+
+
+@pytest.mark.parametrize("caption", ["quiz " * 860, "quiz" * 2000, "quiz▅quiz", "éé quiz " * 500])
+def test_no_caption_is_left_out(caption, tmp_path):
+    train_tokenizer([*CAPTIONS, caption, caption], tmp_path / "a.model", 50)
+    ids = Tokenizer(tmp_path / "a.model")(["quiz"])
+    assert (ids != 2).all()
+
+
+def test_long_captions_are_cut_at_spaces(tmp_path):
+    train_tokenizer([*CAPTIONS, *["quiz " * 500] * 2], tmp_path / "short.model", 50)
+    train_tokenizer([*CAPTIONS, "quiz " * 1000], tmp_path / "long.model", 50)
+    short, long = (Tokenizer(tmp_path / f"{name}.model", 8) for name in ("short", "long"))
+    assert short([*CAPTIONS, "quiz"]).equal(long([*CAPTIONS, "quiz"]))
+    assert (long(["quiz"]) != 1).sum() == 1
+
+
+def test_training_replaces_the_file_whole(pieces, tmp_path, monkeypatch):
+    path = tmp_path / "a.model"
+    path.write_bytes(b"before")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="disk"):
+        train_tokenizer(CAPTIONS, path, 50)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [
+        ("a.model", b"before")
+    ]
 
 
 def test_the_vocabulary_is_siglips_kind(pair):
