@@ -1,4 +1,4 @@
-"""The image tower of SigLIP, one component at a time: the library that the notebooks build and test."""
+"""SigLIP, one component at a time: the library that the notebooks build and test."""
 
 from siglip_lib.attention import Attention, AttentionMaps, attention_maps
 from siglip_lib.attention_pool import AttentionPoolLatent

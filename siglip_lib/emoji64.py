@@ -154,6 +154,7 @@ def split(
     """
     if isinstance(vendors, str):
         raise TypeError(f"vendors={vendors!r} must be a sequence of names, such as ({vendors!r},)")
+    vendors = tuple(vendors)
     for name in vendors:
         if name not in emoji.vendors:
             raise ValueError(
@@ -174,6 +175,10 @@ def split(
     held = torch.isin(emoji.vendor, torch.tensor([emoji.vendors.index(name) for name in vendors]))
     new = _among(emoji, _unseen_concepts(emoji, unseen, seed))
     train = ~held & ~new
+    if not train.any():
+        raise ValueError(
+            f"vendors={vendors!r} and unseen={unseen} leave nothing to train on; hold out fewer of either"
+        )
     seen = held & _among(emoji, emoji.concept[train])
     return Split(*(mask.nonzero().squeeze(1) for mask in (train, seen, held & new)))
 

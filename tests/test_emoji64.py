@@ -209,6 +209,14 @@ def test_not_all_designers_can_be_held_out(emoji):
         split(emoji, emoji.vendors)
 
 
+def test_something_is_left_to_train_on(emoji):
+    # the one concept that is left was not drawn by the one designer who is
+    others = tuple(name for name in emoji.vendors if name != "fxemoji")
+    with pytest.raises(ValueError, match=r"and unseen=860 leave nothing to train on; hold out"):
+        split(emoji, others, unseen=860)
+    assert len(split(emoji, iter(others), unseen=800).train) > 0
+
+
 def test_captions_of_one_concept():
     names = [template.format("black cat") for template in TEMPLATES]
     assert captions("black cat", []) == names
