@@ -1,8 +1,11 @@
 """Every folded solution is accepted, and plausible wrong answers are refused with a reason."""
 
 import importlib
+import random
 
+import numpy as np
 import pytest
+import torch
 from notebook_files import PATHS, Exercise, exercises, read, run, setup_source
 
 from siglip_lib.exercises import grade
@@ -14,11 +17,30 @@ CASES = [
 ]
 
 
+def state() -> list:
+    """What all code of a process shares, of torch and of the random generators."""
+    devices = ("cpu", "cuda")
+    cudnn = torch.backends.cudnn
+    return [
+        *(torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()),
+        *(torch.is_grad_enabled(), torch.is_anomaly_enabled()),
+        *(torch.are_deterministic_algorithms_enabled(), torch.get_deterministic_debug_mode()),
+        *(torch.is_autocast_enabled(device) for device in devices),
+        *(torch.get_autocast_dtype(device) for device in devices),
+        *(cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        *(random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()),
+    ]
+
+
 def answer(notebook, exercise: Exercise, code: str) -> str:
+    """The verdict, which must leave the process as it was."""
     namespace: dict = {}
     exec(setup_source(notebook), namespace)
     run(code, namespace)
-    return grade(exercise.number, namespace[exercise.answer])
+    before = state()
+    verdict = grade(exercise.number, namespace[exercise.answer])
+    assert state() == before
+    return verdict
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -47,3 +69,91 @@ def test_an_untouched_cell_says_so(notebook, exercise):
         c.source for c in notebook.cells if f'check_exercise("{exercise.number}"' in c.source
     )
     assert answer(notebook, exercise, untouched) == "not answered yet"
+
+
+NUMBERS = [case.values[1].number for case in CASES]
+
+
+def meddle(*_args: object) -> float:
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    torch.set_grad_enabled(False)
+    torch.autograd.set_detect_anomaly(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_autocast_enabled("cpu", True)
+    torch.set_autocast_dtype("cpu", torch.float16)
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    return 0.5
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_an_answer_that_changes_settings_leaves_none(number):
+    before = state()
+    assert grade(number, meddle).startswith("wrong: ")
+    assert state() == before
+
+
+def test_settings_of_the_reader_change_no_verdict():
+    notebook, exercise = next(c.values for c in CASES if c.values[1].number == "11.1")
+    with torch.no_grad():
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert answer(notebook, exercise, exercise.solution) == "right"
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+class Always(int):
+    """Equal to whatever it is compared with."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+class Chameleon:
+    """The same without a number."""
+
+    __hash__ = object.__hash__
+    __eq__ = Always.__eq__
+    __ne__ = Always.__ne__
+
+
+@pytest.mark.parametrize("one", [Always(3), Chameleon()], ids=["int", "object"])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_equals_everything_is_not_right(number, one):
+    for given in (one, (one,) * 2, [one] * 5, lambda *_: one, lambda *_: (one, one)):
+        assert grade(number, given).startswith("wrong: ")
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float64, float])
+def test_numbers_of_other_types_are_numbers(kind):
+    assert grade("00.2", kind(2 * 64 * 16 * 729 * 729)) == "right"
+
+
+def test_an_error_without_a_text():
+    class Silent(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    def raising(*_: object) -> None:
+        raise Silent
+
+    assert grade("01.1", raising) == "wrong: your code raised Silent"
+
+
+@pytest.mark.parametrize("number", ["01.9", "1.1", "99.1", "", 1.1, None])
+def test_an_exercise_that_is_not_there(number):
+    with pytest.raises(
+        ValueError, match=f"^number={number!r} is no exercise; there are 00.1, 00.2, "
+    ):
+        grade(number, 1)
