@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siglip_lib.attention import attention_maps
-from siglip_lib.checks import positive_int
+from siglip_lib.checks import finite_tensors, positive_int
 from siglip_lib.explain import check_tower, steady
 from siglip_lib.plots import COLOURS
 from siglip_lib.siglip import SigLIP, embed_texts
@@ -57,7 +57,8 @@ def search_box(
 ) -> VBox:
     """Return a field for a text, above the pictures that fit it best, each with its title and cosine.
 
-    The pictures change as the reader types; while the field holds no word there is a hint in their place.
+    The pictures change as the reader types; while the field holds no word there is a hint in their place, and after an
+    error, which is raised too, what went wrong.
 
     Args:
         model: whose text tower reads the text.
@@ -70,7 +71,8 @@ def search_box(
 
     Raises:
         TypeError: pictures can't be called, or count is no int.
-        ValueError: vectors of another shape or length, a number of titles that is not n, or a count above n.
+        ValueError: vectors of another shape or length or with NaN, a number of titles that is not n, a count above n,
+            or a model that gives a text NaN.
     """
     from ipywidgets import HTML, Layout, Text, VBox
 
@@ -79,6 +81,7 @@ def search_box(
         raise ValueError(
             f"vectors have shape {tuple(vectors.shape)}; it must be (n, {width}), as wide as the model's"
         )
+    finite_tensors("search_box refuses", {"vectors": vectors})
     if not ((vectors.float().norm(dim=1) - 1).abs() < 0.01).all():  # bfloat16 rounds to 0.004
         raise ValueError("vectors holds one whose length is not 1; divide each by its length")
     if not callable(pictures):
@@ -98,14 +101,20 @@ def search_box(
         title, data = html.escape(titles[place]), base64.b64encode(_png(picture)).decode()
         return _FIGURE.format(data, title or f"picture {place}", title, cosine)
 
+    def found(text: str) -> str:
+        if not canonicalize(text):
+            return HINT
+        vector = embed_texts(model, tokenizer, [text])[0]  # (width,)
+        finite_tensors("the model gives", {"the text's vector": vector})
+        cosines, places = (vectors @ vector.to(vectors)).topk(count)
+        return _GRID.format("".join(map(show, places.tolist(), cosines.tolist())))
+
     def search(_: object = None) -> None:
-        if not canonicalize(field.value):
-            results.value = HINT
-            return
-        text = embed_texts(model, tokenizer, [field.value])[0]  # (width,)
-        cosines, places = (vectors @ text.to(vectors)).topk(count)
-        figures = map(show, places.tolist(), cosines.tolist())
-        results.value = _GRID.format("".join(figures))
+        try:
+            results.value = found(field.value)
+        except Exception as error:  # else what an earlier text found would stand below this one
+            results.value = html.escape(_what_went_wrong(error))
+            raise
 
     field = Text(
         query,
@@ -125,7 +134,8 @@ def attention_viewer(
 ) -> VBox:
     """Return a picture to click on, with a map over it of what the clicked patch attends to.
 
-    Above it the reader chooses picture, layer and head. Arrow keys move the patch as a click does. The pooling head's
+    Above it the reader chooses picture, layer and head. After an error, which is raised too, it says what went wrong in
+    the map's place. Arrow keys move the patch as a click does. The pooling head's
     one query is no patch of the picture; there a click changes nothing. Colours run from the map's least weight,
     violet, to its largest, yellow. What prefix tokens get is not shown.
 
@@ -161,6 +171,15 @@ def attention_viewer(
         return next(iter(maps.values()))[0, :, prefix:, prefix:].cpu()
 
     def show(_: object = None) -> None:
+        try:
+            draw()
+        except Exception as error:  # else an earlier setting's map would stand below this one
+            with picker.hold_sync():
+                picker.image, picker.clickable = b"", False
+                picker.caption = _what_went_wrong(error)
+            raise
+
+    def draw() -> None:
         pooling, query = layer.value == depth, picker.picked
         found = weights(picture.value, layer.value)[:, 0 if pooling else query]  # (heads, N)
         found = found.mean(0) if head.value == MEAN else found[head.value]
@@ -191,6 +210,10 @@ def attention_viewer(
     picker.observe(show, "picked")
     show()
     return VBox([HBox([picture, layer, head], layout=Layout(flex_flow="row wrap")), picker])
+
+
+def _what_went_wrong(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _png(image: Image) -> bytes:

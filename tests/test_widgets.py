@@ -104,6 +104,11 @@ def test_vectors_of_another_dtype(model, tokenizer, vectors):
         ({"vectors": torch.ones(48)}, ValueError, "vectors have shape (48,); it must be (n, 48)"),
         ({"vectors": torch.ones(0, 48)}, ValueError, "vectors have shape (0, 48)"),
         ({"vectors": torch.ones(6, 48)}, ValueError, "vectors holds one whose length is not 1"),
+        (
+            {"vectors": torch.full((6, 48), torch.nan)},
+            ValueError,
+            "NaN or infinite elements in vec",
+        ),
         ({"pictures": PICTURES}, TypeError, "pictures is a list; it must be a function from a"),
         ({"titles": TITLES[:5]}, ValueError, "titles has 5 entries; vectors has 6"),
         ({"count": 7}, ValueError, "count=7 must be at most 6, the number of pictures"),
@@ -115,6 +120,30 @@ def test_search_box_refuses(model, tokenizer, vectors, change, error, message):
     good = {"vectors": vectors, "pictures": PICTURES.__getitem__, "titles": TITLES, "count": 6}
     with pytest.raises(error, match=re.escape(message)):
         search_box(model, tokenizer, **(good | change), query="a cat")
+
+
+def test_an_error_takes_the_place_of_the_results(model, tokenizer, vectors):
+    def pictures(place: int) -> Image.Image:
+        if place == 1:
+            raise OSError("<picture> 1 is gone")
+        return PICTURES[place]
+
+    box = search_box(model, tokenizer, vectors, pictures, TITLES, count=1, query=TITLES[0])
+    field, results = box.children
+    assert TITLES[0] in results.value
+    with pytest.raises(OSError, match="gone"):
+        field.value = TITLES[1]
+    assert results.value == "OSError: &lt;picture&gt; 1 is gone"
+    with pytest.raises(ValueError, match="half of a character"):
+        field.value = "a \ud83d cat"
+    assert results.value.startswith("ValueError: texts[0]=")
+    field.value = TITLES[2]
+    assert [title for _, _, title, _ in shown(box)] == [TITLES[2]]
+    with torch.no_grad():
+        model.text.head.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the model gives NaN"):
+        field.value = TITLES[3]
+    assert results.value.startswith("ValueError: the model gives NaN")
 
 
 # --- attention_viewer ---
@@ -207,6 +236,28 @@ def test_a_click_does_not_run_the_tower():
     assert len(runs) == 1
     layer.value = 0
     assert len(runs) == 2
+
+
+def test_an_error_takes_the_place_of_the_map():
+    tower, broken = make(), []
+
+    def stop(*_: object) -> None:
+        if broken:
+            raise RuntimeError("out of memory")
+
+    tower.blocks[0].register_forward_hook(stop)
+    _, layer, head, picker = parts(attention_viewer(tower, PIXELS))
+    before = picker.image
+    broken.append(1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer.value = 0
+    found = picker.image, picker.caption, picker.clickable
+    assert found == (b"", "RuntimeError: out of memory", False)
+    broken.clear()
+    layer.value = 1
+    assert (picker.image, picker.clickable) == (before, True)
+    head.value = 1
+    assert picker.image != before
 
 
 @pytest.mark.parametrize(
