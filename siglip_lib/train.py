@@ -248,12 +248,9 @@ class Training:
             tensors = self._named(stored["model"], {parameters[i]: moments[i] for i in moments})
         except OSError:
             raise
-        except (
-            Exception
-        ):  # of whatever kind; torch's own message advises to run what the file asks for
-            raise ValueError(
-                f"{path.name} is no training that was stored, or a damaged one"
-            ) from None
+        except Exception:
+            # torch's own message would advise to run what the file asks for
+            raise ValueError(f"{path.name} is no stored training, or is damaged") from None
         self.check_stored(about, path.name)
         _check_alike(tensors, self.tensors(), path.name)
         self.take_up(tensors, about, path)
@@ -287,7 +284,7 @@ class Training:
         if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
             raise ValueError(f"{where} is damaged: it does not tell its settings")
         stored, here = about["settings"], self.settings()
-        if odd := sorted(stored.keys() ^ here.keys()):
+        if odd := sorted(map(str, stored.keys() ^ here.keys())):
             raise ValueError(f"{where} is of another version, or damaged: not in both are {odd}")
         if differs := {name: value for name, value in stored.items() if value != here[name]}:
             raise ValueError(f"{where} was stored with other settings: {differs}")

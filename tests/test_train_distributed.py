@@ -400,7 +400,10 @@ DAMAGES = {
     ),
     "no contents": (lambda s: (s / ".metadata").unlink(), "is damaged: FileNotFoundError"),
     "other contents": (lambda s: changed(s, lambda contents: 3), "is damaged: AttributeError"),
-    "tensors cut": (lambda s: os.truncate(s / "__0_0.distcp", 5000), "is damaged: "),
+    "tensors cut": (
+        lambda s: os.truncate(s / "__0_0.distcp", (s / "__0_0.distcp").stat().st_size // 2),
+        "is damaged: ",
+    ),
     "no tensors": (lambda s: (s / "__0_0.distcp").unlink(), "is damaged: FileNotFoundError"),
     "a tensor less": (
         lambda s: changed(s, lambda c: c.state_dict_metadata.pop(NAME) and None),
