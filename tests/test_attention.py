@@ -94,6 +94,29 @@ def test_dropout_only_while_training(backend):
     assert torch.equal(attention.eval()(x), plain(x))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("replace", [False, True])
+def test_attn_drop_is_what_the_layer_itself_would_do(replace, backend):
+    x = torch.randn(2, 7, 24)
+    attention = Attention(24, 3, attn_drop=0.5, backend=backend)
+    if replace:
+        attention.attn_drop = nn.Identity()
+    else:
+        attention.attn_drop.eval()
+    assert attention.training
+    once = attention(x)
+    assert torch.equal(once, attention(x))
+    attention.eval().attn_drop = nn.Dropout(0.5)  # which trains, alone
+    assert not torch.allclose(attention(x), once)
+
+
+def test_an_attn_drop_that_no_backend_can_do():
+    attention = Attention(24, 3)
+    attention.attn_drop = nn.AlphaDropout(0.5)
+    with pytest.raises(TypeError, match=r"attn_drop is AlphaDropout; it must be nn\.Dropout or"):
+        attention(torch.randn(2, 7, 24))
+
+
 def test_proj_drop_drops_outputs_while_training():
     attention = Attention(24, 3, proj_drop=0.5)
     x = torch.randn(20, 7, 24)

@@ -191,3 +191,30 @@ def test_compiles_without_graph_breaks_forward_and_backward(device):
     compiled(x).sum().backward()
     compiled.eval()
     torch.testing.assert_close(compiled(x), pool.eval()(x))
+
+
+class LowRank(nn.Module):
+    """A layer with a small correction beside it, which has none of the layer's attributes."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.down, self.up = nn.Linear(24, 2, bias=False), nn.Linear(2, layer.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("name", ["q", "kv", "proj"])
+def test_layers_may_be_wrapped(name):
+    pool, x = AttentionPoolLatent(24, 3), torch.randn(2, 7, 24)
+    expected = pool(x)
+    setattr(pool, name, LowRank(getattr(pool, name)))
+    torch.testing.assert_close(pool(x), expected)
+    with attention_maps(pool) as maps:
+        pool(x)
+    assert len(maps) == 1
+    with pytest.raises(ValueError, match=r"x has shape \(2, 7, 23\); it must be \(B, N, 24\)"):
+        pool(x[..., 1:])

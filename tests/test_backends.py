@@ -2,13 +2,30 @@
 
 import importlib.util
 import math
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
-from siglip_lib import BackendStatus, attend, attention_backends, backends, choose_backend
+from siglip_lib import (
+    Attention,
+    AttentionPoolLatent,
+    BackendStatus,
+    VisionTransformer,
+    attend,
+    attention_backends,
+    backends,
+    choose_backend,
+)
 from siglip_lib.backends import attend_packed
 
 NAMES = ("triton", "cudnn", "flash_attn", "sdpa", "xformers", "eager")
@@ -449,3 +466,290 @@ def test_wrong_arguments(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert message in str(caught.value)
+
+
+# --- what is remembered, and when nothing is tried ---
+
+
+def loss(q):
+    return attend(q, q, q).square().sum()
+
+
+Q = torch.linspace(-1, 1, 2 * 5 * 3 * 8).view(2, 5, 3, 8)
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda: torch.func.grad(loss)(Q),
+        lambda: torch.func.vmap(loss)(Q[None]),
+        lambda: torch.func.vmap(torch.func.grad(loss))(Q[None]),
+        lambda: torch.func.jvp(loss, (Q,), (Q,)),
+        lambda: torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(Q),
+    ],
+    ids=["grad", "vmap", "vmap of grad", "jvp", "grad of grad"],
+)
+def test_transforms_run_first_and_leave_no_verdict(transformed):
+    transformed()
+    torch.testing.assert_close(attend(Q, Q, Q), attend(Q, Q, Q, backend="eager"))
+    assert choose_backend("auto", torch.device("cpu"), torch.float32, 8) == "sdpa"
+
+
+def test_transforms_give_the_right_derivatives():
+    def by_hand(q):
+        return reference(q, q, q, 8**-0.5).square().sum()
+
+    x = Q.double()
+    for transform in (torch.func.grad, torch.func.hessian):
+        torch.testing.assert_close(transform(loss)(x[:, :2]), transform(by_hand)(x[:, :2]))
+    (_, slope), (_, expected) = (torch.func.jvp(f, (x,), (x + 1,)) for f in (loss, by_hand))
+    torch.testing.assert_close(slope, expected)
+
+
+def test_forward_mode_differentiation_takes_eager():
+    with forward_ad.dual_level():
+        loss(forward_ad.make_dual(Q, Q))
+
+
+@contextmanager
+def tracing():
+    def run(x):
+        given.append(choose_backend("auto", torch.device("cpu"), torch.float32, 8))
+        return x
+
+    given = []
+    torch.jit.trace(run, (torch.zeros(1),), check_trace=False)
+    yield given.pop()
+
+
+@contextmanager
+def mode():
+    with FakeTensorMode():
+        yield choose_backend("auto", torch.device("cpu"), torch.float32, 8)
+
+
+@pytest.mark.parametrize("observer", [tracing, mode])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_nothing_is_tried_or_remembered_where_somebody_looks(observer, tried_cudnn):
+    with observer() as name:
+        assert name == "cudnn"
+    assert not tried_cudnn
+    assert not backends._runs
+    assert choose_backend("auto", torch.device("cpu"), torch.float32, 8) == "cudnn"
+    assert len(tried_cudnn) == 1
+
+
+def test_nothing_is_tried_while_a_graph_is_recorded(tried_cudnn, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose_backend("auto", torch.device("cpu"), torch.float32, 8) == "cudnn"
+    assert not tried_cudnn
+    assert not backends._runs
+
+
+def test_eager_and_the_cpus_sdpa_are_never_tried(monkeypatch):
+    monkeypatch.setattr(backends, "_try", lambda *_: pytest.fail("was tried"))
+    assert usable("cpu", torch.float32, 8, dropout=0.1) == ["sdpa", "eager"]
+    attend(Q, Q, Q)
+
+
+def test_what_a_trial_met_is_not_a_verdict(monkeypatch):
+    broken = [RuntimeError("the weather")]
+
+    def run(*arguments):
+        if broken:
+            raise broken.pop()
+        return backends._eager(*arguments)
+
+    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    with pytest.raises(ValueError, match="backend='cudnn' cannot run here: the weather"):
+        attend(Q, Q, Q, backend="cudnn")
+    attend(Q, Q, Q, backend="cudnn")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_want_of_memory_by_any_name_is_an_error(error, monkeypatch):
+    def run(*_):
+        raise error
+
+    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    with pytest.raises(RuntimeError, match=str(error)):
+        choose_backend("auto", torch.device("cpu"), torch.float32, 8)
+    assert not backends._runs
+
+
+def test_auto_does_not_try_again_what_it_passed_over(monkeypatch):
+    tried = []
+
+    def run(*_):
+        tried.append(1)
+        raise RuntimeError("no kernel image")
+
+    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    for _ in range(3):
+        assert choose_backend("auto", torch.device("cpu"), torch.float32, 8) == "sdpa"
+    assert len(tried) == 1
+
+
+def test_first_calls_of_many_threads(monkeypatch):
+    inside = []
+
+    def run(*arguments):
+        inside.append(1)
+        time.sleep(0.02)
+        assert len(inside) == 1
+        inside.clear()
+        warnings.warn("said while trying", stacklevel=1)
+        return backends._eager(*arguments)
+
+    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    filters = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        cpu, dims = torch.device("cpu"), [8, 16, 24, 32] * 4
+        names = pool.map(lambda dim: choose_backend("auto", cpu, torch.float32, dim), dims)
+        assert list(names) == ["cudnn"] * 16
+    assert warnings.filters == filters
+
+
+FIRST = """
+import torch
+from siglip_lib import VisionTransformer
+model = VisionTransformer(16, 8, embed_dim=16, depth=1, num_heads=2, class_token=False, global_pool="map").eval()
+x = torch.randn(2, 3, 16, 16)
+found = {}(model, x)
+torch.testing.assert_close(found, model(x))
+"""
+
+
+@pytest.mark.parametrize(
+    "first_use",
+    [
+        "(lambda m, x: torch.export.export(m, (x,)).module()(x))",
+        "(lambda m, x: torch.export.export(m, (x,), strict=True).module()(x))",
+        "(lambda m, x: torch.compile(m, fullgraph=True, backend='aot_eager')(x))",
+        "(lambda m, x: torch.compile(m, fullgraph=True, dynamic=True, backend='aot_eager')(x))",
+        "(lambda m, x: torch.jit.trace(m, (x,))(x))",
+    ],
+    ids=["export", "strict export", "compile", "dynamic compile", "trace"],
+)
+def test_the_first_use_of_a_process(first_use):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FIRST.format(first_use)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("pool", [{"global_pool": "map"}, {"global_pool": ""}, {"qk_norm": True}])
+# PatchEmbed compares sizes, which the tracer tells
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_traced_tower_gives_the_same(pool):
+    options = {"global_pool": "avg", "class_token": False} | pool
+    tower = VisionTransformer(16, 8, embed_dim=16, depth=2, num_heads=2, **options).eval()
+    traced = torch.jit.trace(tower, (torch.randn(2, 3, 16, 16),))
+    x = torch.randn(3, 3, 16, 16)  # the batch is not part of the trace
+    torch.testing.assert_close(traced(x), tower(x))
+
+
+@pytest.mark.parametrize("module", [Attention(16, 2), AttentionPoolLatent(16, 2, feat_size=5)])
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_trace_has_nothing_to_warn_of(module):
+    traced = torch.jit.trace(module.eval(), (torch.randn(2, 5, 16),))
+    x = torch.randn(3, 5, 16)
+    torch.testing.assert_close(traced(x), module(x))
+    with pytest.raises(ValueError, match=r"x has shape \(2, 5, 15\); it must be \(B, N, 16\)"):
+        torch.jit.trace(module, (torch.randn(2, 5, 15),))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_tensors(device):
+    with FakeTensorMode():
+        packed = torch.empty(64, 729, 3, 16, 72, dtype=torch.bfloat16, device=device)
+        for out in (attend_packed(packed), attend(*packed.unbind(2))):
+            assert out.shape == (64, 729, 16, 72)
+            assert out.device.type == device
+    assert not backends._runs
+
+
+# --- scales, and many tokens ---
+
+
+@pytest.mark.parametrize("scale", [-0.125, -0.3, 0.0, 1e-30])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_finite_scale(scale, dtype, device):
+    packed = torch.randn(2, 37, 3, 2, 64, device=device).to(dtype)
+    q, k, v = packed.unbind(2)
+    expected = reference(q, k, v, scale)
+    for name in ("auto", *usable(device, dtype, 64, scale=scale)):
+        limit = tolerance(dtype) * v.abs().max().item()
+        for out in (
+            attend(q, k, v, backend=name, scale=scale),
+            attend_packed(packed, backend=name, scale=scale),
+        ):
+            torch.testing.assert_close(out.double(), expected, rtol=0, atol=limit, msg=name)
+
+
+def test_no_kernel_is_given_a_scale_of_0_or_less(monkeypatch):
+    given = []
+    eager = backends._BACKENDS["eager"]
+    run = lambda *arguments: given.append(arguments[4]) or eager.run(*arguments)  # noqa: E731
+    entry = backends._Backend(run, eager.why_not, eager.operator, sure=eager.sure)
+    monkeypatch.setitem(backends._BACKENDS, "eager", entry)
+    q = Q.clone().requires_grad_()
+    for scale in (-0.5, 0.0, 2):
+        out = attend(q, Q, Q, backend="eager", scale=scale)
+        (found,) = torch.autograd.grad(out.square().sum(), q)
+        (expected,) = torch.autograd.grad(reference(q, Q, Q, scale).square().sum(), q)
+        torch.testing.assert_close(found, expected)
+    assert given == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+def test_scales_that_are_not_finite(scale):
+    for call in (
+        lambda: attend(Q, Q, Q, scale=scale),
+        lambda: attend_packed(torch.stack([Q] * 3, 2), scale=scale),
+        lambda: attention_backends("cpu", torch.float32, 8, scale=scale),
+    ):
+        with pytest.raises(ValueError, match=f"scale={scale} must be finite"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"scale": -0.125}, "needs a scale above 0"),
+        ({"scale": 0}, "needs a scale above 0"),
+        ({"tokens": 16_385}, "needs at most 16,384 tokens"),
+    ],
+)
+def test_auto_passes_over_triton_where_its_kernel_refuses(options, reason, pretended_gpu):
+    arguments = (pretended_gpu, torch.float16, 64)
+    assert attention_backends(*arguments, **options)["triton"].reason == reason
+    with FakeTensorMode():  # nothing is tried
+        assert choose_backend("auto", *arguments) == "triton"
+        # flash-attn, which is only pretended to be there, can't be imported
+        assert choose_backend("auto", *arguments, deterministic=True, **options) == "eager"
+        with pytest.raises(ValueError, match=f"backend='triton' cannot run here: {reason}"):
+            choose_backend("triton", *arguments, **options)
+
+
+def test_what_torch_func_cannot_transform(pretended_gpu):
+    def ask(x):
+        found.update(attention_backends(pretended_gpu, torch.float16, 64))
+        return x.sum()
+
+    found = {}
+    torch.func.grad(ask)(Q)
+    assert next(iter(found)) == "eager"
+    for name in ("triton", "flash_attn", "xformers"):
+        assert found[name].reason == "its operator can't be transformed by torch.func"

@@ -71,3 +71,40 @@ def test_import_of_an_oracle(name):
     found = getattr(siglip_lib, f"import_{name}")()
     assert found is sys.modules[name]
     assert found.__version__
+
+
+RELOAD = """
+import importlib, pkgutil
+import torch
+import siglip_lib
+import siglip_lib.kernels
+
+modules = [m.name for m in pkgutil.walk_packages(siglip_lib.__path__, "siglip_lib.")]
+skipped = "siglip_lib.kernels." if importlib.util.find_spec("triton") is None else "none"
+modules = [importlib.import_module(name) for name in modules if not name.startswith(skipped)]
+for _ in range(2):
+    for module in modules:
+        importlib.reload(module)
+
+from siglip_lib.losses import sigmoid_loss
+given = [torch.randn(*shape, requires_grad=True) for shape in ((4, 8), (4, 8), (1,), (1,))]
+compiled = torch.compile(sigmoid_loss, fullgraph=True, backend="aot_eager")
+torch.testing.assert_close(compiled(*given), sigmoid_loss(*given))
+a, b, c = (torch.empty(shape, device="meta") for shape in ((2, 3), (4, 3), (4,)))
+assert torch.ops.siglip_lib.linear_gelu(a, b, c).shape == (2, 4)
+if skipped == "none" and not torch.cuda.is_available():
+    from siglip_lib.kernels.flash_attention import flash_attention
+    from siglip_lib.kernels.residual import fused_residual
+    qkv = torch.randn(1, 5, 3, 1, 64, requires_grad=True)
+    compiled = torch.compile(flash_attention, fullgraph=True, backend="aot_eager")
+    compiled(qkv).sum().backward()
+    assert qkv.grad.isfinite().all()
+    x = torch.randn(1, 2, 3)
+    compiled = torch.compile(fused_residual, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, x), 2 * x)
+"""
+
+
+def test_every_module_can_be_reloaded():
+    done = subprocess.run([sys.executable, "-c", RELOAD], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from siglip_lib import measure
 
@@ -405,3 +406,12 @@ def test_time(gpu):
         assert ours <= 0.5 * measure(lambda: plain(x, branch, gamma, keep, 0.8), gpu).median_ms
     ours = measure(lambda: train(fused_residual), gpu).median_ms
     assert ours <= 0.7 * measure(lambda: train(plain), gpu).median_ms
+
+
+def test_fake_tensors_get_the_shape(device):
+    with FakeTensorMode():
+        x, gamma = torch.empty(2, 3, 5, device=device), torch.empty(5, device=device)
+        out = fused_residual(x.requires_grad_(), x, gamma.requires_grad_())
+        out.sum().backward()
+        assert out.shape == x.grad.shape == x.shape
+        assert gamma.grad.shape == (5,)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import special, stats
 from test_trunc_normal import distance
+from torch._subclasses import FakeTensorMode
 
 from siglip_lib import measure
 
@@ -317,3 +318,9 @@ def test_time(dtype, gpu):
     x = torch.empty(2**26, dtype=dtype, device=gpu)
     ours = measure(lambda: trunc_normal_philox_(x, std=0.02, seed=1), gpu).median_ms
     assert ours <= 0.5 * measure(lambda: torch.nn.init.trunc_normal_(x, std=0.02), gpu).median_ms
+
+
+def test_a_fake_tensor_is_left_alone():
+    with FakeTensorMode():
+        x = torch.empty(4, 5)
+        assert trunc_normal_philox_(x, seed=1) is x

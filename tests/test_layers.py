@@ -19,6 +19,21 @@ def test_layer_scale_is_timms(device):
     assert_same(LayerScale(6).to(device), theirs, torch.randn(2, 3, 6, device=device))
 
 
+@pytest.mark.parametrize("pair", [tuple, list])
+@pytest.mark.parametrize("biases", [(True, False), (False, True)])
+def test_mlp_takes_pairs_as_timms_does(biases, pair):
+    options = {"bias": pair(biases), "drop": pair((0.25, 0.5))}
+    ours, theirs = (kind(6, 8, **options) for kind in (Mlp, timm.layers.Mlp))
+    assert str(ours) == str(theirs)
+    assert_same(ours.eval(), theirs.eval(), torch.randn(2, 6))
+
+
+@pytest.mark.parametrize("options", [{"bias": (True,) * 3}, {"drop": ()}])
+def test_mlp_takes_no_other_number_of_values(options):
+    with pytest.raises(ValueError, match=r"=\(.*\) must be one value or two: of fc1 and of fc2"):
+        Mlp(6, **options)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-5, -2, 1])
 def test_layer_scale_starts_at_its_value(value):
     scale = LayerScale(4, value)

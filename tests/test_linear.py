@@ -67,6 +67,31 @@ def test_leaves_the_two_to_whoever_counts_operators():
         assert not can_fuse_linear_gelu(linear, GELU_TANH(), x)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_hook"])
+def test_leaves_the_two_to_whoever_looks_at_a_layer(kind, layer):
+    layers, x = (nn.Linear(8, 16).bfloat16().requires_grad_(False), GELU_TANH()), Input()
+    hook = getattr(layers[layer], f"register_{kind}")(lambda *_: None)
+    assert not can_fuse_linear_gelu(*layers, x)
+    hook.remove()
+    assert can_fuse_linear_gelu(*layers, x)
+    hook = getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None)
+    assert not can_fuse_linear_gelu(*layers, x)
+    hook.remove()
+    layers[layer].forward = lambda x: x  # as some libraries wrap a layer
+    assert not can_fuse_linear_gelu(*layers, x)
+
+
+def test_leaves_the_two_to_torch_func():
+    linear, x = nn.Linear(8, 16).bfloat16().requires_grad_(False), Input()
+
+    def ask(y):
+        assert not can_fuse_linear_gelu(linear, GELU_TANH(), x)
+        return y
+
+    torch.func.vmap(ask)(torch.zeros(2))
+
+
 def test_counted_flops_are_those_of_both_products(gpu):
     mlp = Mlp(64, 256, act_layer=GELU_TANH).to(gpu, torch.bfloat16)
     x = torch.randn(10, 64, device=gpu, dtype=torch.bfloat16)
