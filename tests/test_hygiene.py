@@ -8,6 +8,7 @@ import statistics
 import tomllib
 
 import pytest
+import yaml
 from notebook_files import PATHS, ROOT, code_cells, read
 from store_outputs import gpu_of
 
@@ -127,6 +128,48 @@ def test_links_between_notebooks_lead_somewhere(path, notebook):
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for name in re.findall(r"\]\((\d\d_\w+\.ipynb)\)", text):
         assert (path.parent / name).exists(), name
+
+
+def loaded_pictures(text: str) -> list[str]:
+    """Where the pictures of a Markdown text come from."""
+    return re.findall(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)", text) + re.findall(
+        r"<(?:img|source|image|video|iframe)\b[^>]*?(?:src|srcset|href)\s*=\s*[\"']?([^\"'\s>]+)",
+        text,
+    )
+
+
+@notebooks
+def test_pictures_of_a_text_come_with_the_notebook(path, notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for source in loaded_pictures(text):
+        assert (path.parent / source).is_file(), f"{source} is no file of ours"
+
+
+def test_pictures_of_the_readme_come_with_it():
+    sources = loaded_pictures((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sources
+    assert all((ROOT / source).is_file() for source in sources)
+
+
+def test_the_badge_loads_nothing_itself():
+    badge = (ROOT / "notebooks/open-in-colab.svg").read_text(encoding="utf-8")
+    assert re.findall(r"https?://[^\"\s]+", badge) == ["http://www.w3.org/2000/svg"]  # a name
+    assert "href" not in badge
+    assert "url(" not in badge
+
+
+@pytest.mark.parametrize(
+    "workflow", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.name
+)
+def test_workflows_read_only_and_use_what_nobody_can_move(workflow):
+    parsed = yaml.safe_load(workflow.read_text(encoding="utf-8"))
+    assert parsed["permissions"] == {"contents": "read"}
+    for job in parsed["jobs"].values():
+        assert "permissions" not in job
+        for step in job["steps"]:
+            assert re.fullmatch(r"[\w-]+/[\w/-]+@[0-9a-f]{40}", step.get("uses", "a/b@" + "0" * 40))
+            if step.get("uses", "").startswith("actions/checkout@"):
+                assert step["with"]["persist-credentials"] is False
 
 
 def test_readme_has_a_row_for_each_notebook_with_its_measured_figures():
