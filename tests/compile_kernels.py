@@ -86,9 +86,9 @@ def _assemble(ptx: str) -> str:
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
-        file.write_text(ptx)
+        file.write_text(ptx, encoding="utf-8")
         command = [assembler, "-v", "-arch=sm_90a", file, "-o", Path(folder, "kernel.cubin")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     return done.stdout + done.stderr
 
 

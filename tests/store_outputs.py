@@ -137,7 +137,7 @@ def attention_picture(notebook: nbformat.NotebookNode) -> bytes:
 
 def write_row(name: str, measured: dict[str, dict[str, float]]) -> None:
     """Put the measured figures into the notebook's row of the README's table."""
-    lines = README.read_text().splitlines(keepends=True)
+    lines = README.read_text(encoding="utf-8").splitlines(keepends=True)
     for index, line in enumerate(lines):
         if f"(notebooks/{name})" in line:
             cells = line.split(" | ")
@@ -145,7 +145,7 @@ def write_row(name: str, measured: dict[str, dict[str, float]]) -> None:
                 if figures := measured.get(kind):
                     cells[column] = f"{figures['seconds']} s, {figures['gib']} GiB"
             lines[index] = " | ".join(cells)
-    README.write_text("".join(lines))
+    README.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

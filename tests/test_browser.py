@@ -79,7 +79,9 @@ def lab(tmp_path_factory) -> Iterator[str]:
     nbformat.write(notebook, folder / "files" / "tiny.ipynb")
     (folder / "config" / "labconfig").mkdir(parents=True)
     no_news = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
-    (folder / "config" / "labconfig" / "page_config.json").write_text(json.dumps(no_news))
+    (folder / "config" / "labconfig" / "page_config.json").write_text(
+        json.dumps(no_news), encoding="utf-8"
+    )
     own = {
         f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")
     }
@@ -97,13 +99,15 @@ def lab(tmp_path_factory) -> Iterator[str]:
     own |= {"JUPYTER_TOKEN": token, "IPYTHONDIR": str(folder / "ipython")}
     command = [sys.executable, "-m", "jupyterlab", *options]
     log = folder / "log"
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         server = subprocess.Popen(command, env=os.environ | own, stdout=output, stderr=output)
 
     def address() -> str | None:
-        assert server.poll() is None, log.read_text()
+        assert server.poll() is None, log.read_text(encoding="utf-8")
         found = [*(folder / "runtime").glob("jpserver-*.json")]
-        return json.loads(found[0].read_text() or "{}").get("url") if found else None
+        return (
+            json.loads(found[0].read_text(encoding="utf-8") or "{}").get("url") if found else None
+        )
 
     try:
         yield f"{wait_for('JupyterLab', address)}doc/tree/tiny.ipynb?token={token}"

@@ -351,7 +351,7 @@ ARRAYS = {
 def stored(folder, monkeypatch, arrays=(), table=()):
     """Write a small data set with some of its parts changed, and let the loader read it."""
     np.savez(folder / "emoji64.npz", **(ARRAYS | dict(arrays)))
-    (folder / "emoji64.json").write_text(json.dumps(TABLE | dict(table)))
+    (folder / "emoji64.json").write_text(json.dumps(TABLE | dict(table)), encoding="utf-8")
     monkeypatch.setattr(emoji64, "FOLDER", folder)
 
 

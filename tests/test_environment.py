@@ -9,9 +9,9 @@ from notebook_files import ROOT
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
 CONDA = {
     match[1]: match[2].replace("=", "==") if match[2].startswith("=") else match[2]
     for entry in ENVIRONMENT
@@ -30,7 +30,7 @@ REQUIREMENTS = [
 ]
 PINS = dict(
     line.split("==")
-    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if line and not line.startswith("#")
 )
 

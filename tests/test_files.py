@@ -22,16 +22,16 @@ def test_the_umask_says_who_may_read(tmp_path, umask, mode):
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
-    path.write_text("old")
+    path.write_text("old", encoding="utf-8")
 
     def interrupted():
         with replacing(path) as temporary:
-            temporary.write_text("half of the n")
+            temporary.write_text("half of the n", encoding="utf-8")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert [*tmp_path.iterdir()] == [path]
 
 
@@ -39,9 +39,9 @@ def test_two_writers_do_not_meet(tmp_path):
     path = tmp_path / "file"
     with replacing(path) as first, replacing(path) as second:
         assert first != second
-        first.write_text("first")
-        second.write_text("second")
-    assert path.read_text() == "first"  # which took the name last
+        first.write_text("first", encoding="utf-8")
+        second.write_text("second", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "first"  # which took the name last
     assert [*tmp_path.iterdir()] == [path]
 
 

@@ -13,7 +13,9 @@ from notebook_files import PATHS, ROOT, code_cells, read
 from store_outputs import gpu_of
 
 TAGS = {"nbval-ignore-output"}
-REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "urls"
+]["Repository"]
 PRIVATE = re.compile(
     r"/(home|root|tmp|Users|opt|work)/"  # paths of a machine
     r"|\b\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b"  # addresses
@@ -130,6 +132,58 @@ def test_links_between_notebooks_lead_somewhere(path, notebook):
         assert (path.parent / name).exists(), name
 
 
+def in_the_locales_encoding(source: str) -> list[str]:
+    """Calls that read or write a text without saying that it is UTF-8; an ASCII locale would take another encoding."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        given = {keyword.arg for keyword in call.keywords}
+        values = [*call.args, *(word.value for word in call.keywords if word.arg == "mode")]
+        binary = any(
+            isinstance(x, ast.Constant) and re.fullmatch("[rwax+]*b[+]?", str(x.value))
+            for x in values
+        )
+        is_text = name.endswith((".read_text", ".write_text")) or "text" in given
+        is_open = name == "open" or (
+            name.endswith(".open") and not name.startswith(("Image", "tarfile"))
+        )
+        if (is_text or (is_open and not binary)) and "encoding" not in given:
+            found.append(ast.unparse(call))
+    return found
+
+
+CODE = [
+    *(ROOT / "siglip_lib").rglob("*.py"),
+    *(path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")),
+]
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
+def test_code_reads_and_writes_text_as_utf8(path):
+    assert not in_the_locales_encoding(path.read_text(encoding="utf-8"))
+
+
+@notebooks
+def test_cells_read_and_write_text_as_utf8(path, notebook):
+    for cell in code_cells(notebook):
+        assert not in_the_locales_encoding(cell.source)
+
+
+@pytest.mark.parametrize(
+    ("code", "number"),
+    [
+        ("open(name)", 1),
+        ("path.open('w')", 1),
+        ("path.read_text() + path.write_text(x)", 2),
+        ("run(line, text=True)", 1),
+        ("open(name, 'rb'), path.open(mode='wb'), Image.open(name)", 0),
+        ("open(name, encoding='utf-8'), path.read_text(encoding='ascii')", 0),
+    ],
+)
+def test_what_reads_in_the_locales_encoding_is_found(code, number):
+    assert len(in_the_locales_encoding(code)) == number
+
+
 def loaded_pictures(text: str) -> list[str]:
     """Where the pictures of a Markdown text come from."""
     return re.findall(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)", text) + re.findall(
@@ -173,7 +227,7 @@ def test_workflows_read_only_and_use_what_nobody_can_move(workflow):
 
 
 def test_readme_has_a_row_for_each_notebook_with_its_measured_figures():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in PATHS:
         row = next(line for line in readme.splitlines() if f"(notebooks/{path.name})" in line)
         measured = read(path).metadata["measured"]
@@ -186,4 +240,4 @@ def test_readme_shows_a_stored_picture():
     stored = [data for path in PATHS for data, _ in pictures(read(path))]
     shown = base64.b64encode((ROOT / ".github/attention.jpg").read_bytes()).decode()
     assert shown in stored
-    assert "(.github/attention.jpg)" in (ROOT / "README.md").read_text()
+    assert "(.github/attention.jpg)" in (ROOT / "README.md").read_text(encoding="utf-8")

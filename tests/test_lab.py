@@ -100,7 +100,9 @@ def test_settings_of_the_user_open_nothing(settings, tmp_path):
 
 @pytest.mark.parametrize("port", ["70000", "65536", "0", "-1", "", "88 88", "8888x", "0x10"])
 def test_a_port_that_is_none(port):
-    ended = subprocess.run([*LAB, port], capture_output=True, text=True, cwd=ROOT, check=False)
+    ended = subprocess.run(
+        [*LAB, port], capture_output=True, encoding="utf-8", cwd=ROOT, check=False
+    )
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"lab: PORT={port} must be a number from 1 to 65535")
     assert ended.stdout == ""

@@ -43,7 +43,7 @@ class Package:
 
     def __init__(self, name: str, version: str, folder: Path):
         command = ["npm", "pack", "--silent", "--pack-destination", folder, f"{name}@{version}"]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8")
         self.file = folder / done.stdout.split()[-1]
 
     def read(self, path: str) -> dict:
