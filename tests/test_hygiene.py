@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import configparser
 import json
 import re
 import statistics
@@ -167,6 +168,12 @@ def test_code_reads_and_writes_text_as_utf8(path):
 def test_cells_read_and_write_text_as_utf8(path, notebook):
     for cell in code_cells(notebook):
         assert not in_the_locales_encoding(cell.source)
+
+
+def test_nbval_can_read_its_settings_in_any_locale():
+    settings = configparser.RawConfigParser()
+    settings.read(ROOT / "tests/nbval_sanitize.cfg", encoding="ascii")
+    assert re.fullmatch(settings["seconds"]["regex"], "1.5 µs")
 
 
 @pytest.mark.parametrize(
