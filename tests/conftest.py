@@ -1,5 +1,7 @@
 """Shared by the tests: importable oracles, quick and repeatable hypothesis, a device."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -11,6 +13,8 @@ declare_torchvision_operators()  # else timm and transformers fail to import bes
 torch.backends.cudnn.allow_tf32 = False  # else a GPU's convolutions keep 10 bits in float32
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("quick")
+# a shell starts what runs in the background deaf to Ctrl-C, and that is handed down to every process
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ def state() -> list:
         *(torch.is_autocast_enabled(device) for device in devices),
         *(torch.get_autocast_dtype(device) for device in devices),
         *(cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        torch._C._len_torch_function_stack(),  # a default device that was set, though the same
         *(random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()),
     ]
 

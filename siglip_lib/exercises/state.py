@@ -12,7 +12,11 @@ _DEVICES = ("cpu", "cuda")
 # each as a function that reads it and one that sets it
 _SETTINGS: list[tuple[Callable[[], object], Callable[[object], object]]] = [
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device, torch.set_default_device),
+    # the CPU is what none set means; to set it would have each call of torch pass through Python, and stop compiling
+    (
+        torch.get_default_device,
+        lambda device: torch.set_default_device(None if device.type == "cpu" else device),
+    ),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
