@@ -152,7 +152,7 @@ def attention_viewer(
     """
     from ipywidgets import Dropdown, HBox, Layout, VBox
 
-    check_tower(tower, pixels)
+    tower = check_tower(tower, pixels)
     if pixels.shape[1] != 3:
         raise ValueError(f"pixels have shape {tuple(pixels.shape)}; it must be (B, 3, H, W)")
     names = [f"picture {i}" for i in range(len(pixels))] if names is None else list(names)

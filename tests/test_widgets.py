@@ -187,6 +187,16 @@ def assert_shows(picker, grey: float, weights: Tensor) -> None:
     assert f"from {low:.3f} (violet) to {high:.3f} (yellow)" in picker.caption
 
 
+def test_a_compiled_tower_shows_the_same():
+    tower = make().eval()
+    expected = parts(attention_viewer(tower, PIXELS))[-1]
+    compiled = torch.compile(tower, backend="eager")
+    with torch.no_grad():
+        compiled(PIXELS[:1])
+    found = parts(attention_viewer(compiled, PIXELS))[-1]
+    assert (found.image, found.caption) == (expected.image, expected.caption)
+
+
 @pytest.mark.parametrize("options", [{}, {"class_token": True, "reg_tokens": 2}], ids=str)
 def test_the_overlay_is_the_map_that_was_chosen(options, device):
     tower, pixels = make(**options, patch_drop_rate=0.5).to(device), PIXELS.to(device)
