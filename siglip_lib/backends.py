@@ -126,10 +126,8 @@ def _deciding_tokens(tokens: int) -> int:
 def _order(case: _Case) -> list[str]:
     """The names as ``auto`` prefers them. See ``_BACKENDS`` for the figures."""
     first = "triton" if case.large and case.head_dim in _TRITON_FIRST else "cudnn"
-    if (
-        case.transformed
-    ):  # no fused kernel has forward-mode or second derivatives, or takes vmap as it is
-        first = "eager"
+    if case.transformed:
+        first = "eager"  # no fused kernel has forward-mode or second derivatives
     return sorted(_BACKENDS, key=lambda name: name != first)
 
 
