@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,7 @@ class BackendStatus:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Case:
+class _Case(NamedTuple):
     """What decides whether a backend can run."""
 
     device: torch.device
