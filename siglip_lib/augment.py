@@ -91,7 +91,7 @@ def augment(rgba: Tensor, draws: Tensor, strength: float = 1.0) -> Tensor:
     """
     _check_rgba(rgba)
     _check_tensor("draws", draws, (len(rgba), DRAWS), rgba.device)
-    number("strength", strength)
+    strength = number("strength", strength)
     if not 0 <= strength <= 2:
         raise ValueError(f"strength={strength!r} must lie in [0, 2]")
     if strength == 0:

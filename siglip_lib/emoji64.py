@@ -76,9 +76,9 @@ class Emoji64:
         """
         from PIL import Image
 
-        if count("index", index) >= len(self.pictures):
+        index, size = count("index", index), positive_int("size", size)
+        if index >= len(self.pictures):
             raise ValueError(f"index={index} must be below {len(self.pictures)}")
-        positive_int("size", size)
         if len(background) != 3 or not all(0 <= value <= 255 for value in background):
             raise ValueError(f"background={background!r} must be three numbers in 0..255")
         drawn = Image.fromarray(self.pictures[index].permute(1, 2, 0).numpy())
@@ -168,9 +168,9 @@ def split(
             f"vendors={vendors!r} must name both of {' and '.join(SAME_DESIGN)} or neither: they are the same designs, "
             "so training on one would show the pictures of the other"
         )
-    if count("unseen", unseen) >= len(emoji.names):
+    unseen, seed = count("unseen", unseen), count("seed", seed)
+    if unseen >= len(emoji.names):
         raise ValueError(f"unseen={unseen} must be below {len(emoji.names)}, else none is left")
-    count("seed", seed)
 
     held = torch.isin(emoji.vendor, torch.tensor([emoji.vendors.index(name) for name in vendors]))
     new = _among(emoji, _unseen_concepts(emoji, unseen, seed))
@@ -238,7 +238,8 @@ def unique_batches(
         raise ValueError(f"generator is on {generator.device}; it must be the CPU's")
     order = concept.argsort(stable=True)  # pictures of one concept side by side
     sizes = concept.unique(return_counts=True)[1]
-    if positive_int("batch", batch) > len(sizes):
+    batch = positive_int("batch", batch)
+    if batch > len(sizes):
         raise ValueError(f"batch={batch} must be at most {len(sizes)}, the number of concepts")
     steps = math.ceil(len(concept) / batch) if steps is None else positive_int("steps", steps)
 

@@ -199,11 +199,12 @@ def _over_windows(
 ) -> Tensor:
     """Return for each patch the mean score over the windows around it, with each window covered, or all but it."""
     height, width = pixels.shape[2:]
-    if positive_int("window", window) > min(height, width):
+    window, stride = positive_int("window", window), positive_int("stride", stride)
+    if window > min(height, width):
         raise ValueError(f"window={window} is larger than the pictures, {height} x {width} pixels")
-    if positive_int("stride", stride) > window:
+    if stride > window:
         raise ValueError(f"stride={stride} must be at most window={window}, or pixels are left out")
-    positive_int("batch_size", batch_size)
+    batch_size = positive_int("batch_size", batch_size)
     if isinstance(fill, str):
         if fill != "mean":
             raise ValueError(f"fill={fill!r} must be a number or 'mean'")

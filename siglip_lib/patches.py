@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from siglip_lib.checks import pair, pictures, positive_int, probability
+from siglip_lib.checks import pair, pictures, plain_shape, positive_int, probability
+from siglip_lib.observers import is_plain
 
 
 class PatchEmbed(nn.Module):
@@ -48,8 +48,10 @@ class PatchEmbed(nn.Module):
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
         self.set_input_size(img_size)
-        positive_int("in_chans", in_chans)
-        positive_int("embed_dim", embed_dim)
+        in_chans, embed_dim = (
+            positive_int("in_chans", in_chans),
+            positive_int("embed_dim", embed_dim),
+        )
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias)
         self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim)
 
@@ -74,16 +76,16 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        rows, columns = self.dynamic_feat_size(x.shape[2:])
+        size = plain_shape(x)[2:]
+        rows, columns = self.dynamic_feat_size(size)
         height, width = self.patch_size
         if self.dynamic_img_pad:
-            x = F.pad(x, (0, columns * width - x.shape[3], 0, rows * height - x.shape[2]))
+            x = F.pad(x, (0, columns * width - size[1], 0, rows * height - size[0]))
         if not self._is_product():
             return self.norm(self.proj(x).flatten(2).mT)  # (B, N, D)
         x = x[:, :, : rows * height, : columns * width]
-        x = x.unflatten(3, (columns, width)).unflatten(
-            2, (rows, height)
-        )  # (B, C, rows, p, cols, p)
+        x = x.unflatten(3, (columns, width))  # (B, C, H, cols, p)
+        x = x.unflatten(2, (rows, height))  # (B, C, rows, p, cols, p)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C * p * p)
         return self.norm(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))  # (B, N, D)
 
@@ -91,19 +93,15 @@ class PatchEmbed(nn.Module):
         """Whether the projection is nothing but the product: the convolution that was built, which nobody watches."""
         proj = self.proj
         return (
-            type(proj) is nn.Conv2d
+            is_plain(proj, nn.Conv2d)
             and proj.kernel_size == proj.stride == self.patch_size
             and (proj.padding, proj.dilation, proj.groups) == ((0, 0), (1, 1), 1)
-            and "forward" not in vars(proj)  # as some libraries replace it
-            and not (proj._forward_hooks or proj._forward_pre_hooks)
-            and not (proj._backward_hooks or proj._backward_pre_hooks)
-            and not _has_any_global_hook()
         )
 
     def _check(self, x: Tensor) -> None:
         # a wrapper may not show how many there are
         pictures("pictures", x, getattr(self.proj, "in_channels", "C"))
-        size = tuple(x.shape[2:])
+        size = plain_shape(x)[2:]
         if size == self.img_size:
             return
         if self.strict_img_size:

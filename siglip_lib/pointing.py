@@ -60,10 +60,11 @@ def make_scenes(
         TypeError: pictures that are not uint8, concepts that are not int64.
         ValueError: a wrong shape, too few concepts, a size that the grid does not divide, an invisible picture.
     """
-    objects = positive_int("grid", grid) ** 2
-    if positive_int("size", size) % grid:
+    grid, size = positive_int("grid", grid), positive_int("size", size)
+    count = positive_int("count", count)
+    objects = grid**2
+    if size % grid:
         raise ValueError(f"size={size} must be a multiple of grid={grid}")
-    positive_int("count", count)
     if pictures.dtype != torch.uint8 or concept.dtype != torch.int64:
         raise TypeError(
             f"pictures are {pictures.dtype} and concept is {concept.dtype}; they must be uint8 and int64"

@@ -102,8 +102,8 @@ class SigLIPConfig:
     context_length: int
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            positive_int(name, value)
+        for name, value in asdict(self).items():  # NumPy's numbers can't be stored as JSON
+            object.__setattr__(self, name, positive_int(name, value))
         for width, heads in (("width", "heads"), ("text_width", "text_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(

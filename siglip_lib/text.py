@@ -96,7 +96,7 @@ def train_tokenizer(captions: Iterable[str], path: str | Path, vocab_size: int) 
     """
     from sentencepiece import SentencePieceTrainer
 
-    count("vocab_size", vocab_size, least=4)
+    vocab_size = count("vocab_size", vocab_size, least=4)
     texts = [text.replace(_SIGN, " ") for text in _strings("captions", captions)]
     lines = [line for text in texts for line in _lines(canonicalize(text))]
     if not lines:
@@ -184,8 +184,8 @@ class TextTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.weight_init = weight_init
-        positive_int("context_length", context_length)
-        positive_int("width", width)
+        context_length = positive_int("context_length", context_length)
+        width = positive_int("width", width)
         self.token_embed = nn.Embedding(positive_int("vocab_size", vocab_size), width)
         self.pos_embed = nn.Parameter(torch.zeros(1, context_length, width))
         self.blocks = nn.Sequential(

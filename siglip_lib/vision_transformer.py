@@ -109,16 +109,16 @@ class VisionTransformer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        positive_int("depth", depth)
-        count("reg_tokens", reg_tokens)
-        count("num_classes", num_classes)
-        probability("drop_path_rate", drop_path_rate)
-        if count("num_recomputing_layers", num_recomputing_layers) > depth:
+        depth, embed_dim = positive_int("depth", depth), positive_int("embed_dim", embed_dim)
+        reg_tokens, num_classes = count("reg_tokens", reg_tokens), count("num_classes", num_classes)
+        drop_path_rate = probability("drop_path_rate", drop_path_rate)
+        num_recomputing_layers = count("num_recomputing_layers", num_recomputing_layers)
+        if num_recomputing_layers > depth:
             raise ValueError(f"num_recomputing_layers={num_recomputing_layers}; depth is {depth}")
         norm_layer = norm_layer or LAYER_NORM
         act_layer = act_layer or GELU_TANH
-        self.embed_dim = positive_int("embed_dim", embed_dim)
-        self.num_features = self.head_hidden_size = embed_dim  # timm's names
+        # timm's names
+        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self._reduction = max(pair("patch_size", patch_size))
         self.has_class_token = class_token
         self.num_prefix_tokens = int(class_token) + reg_tokens
@@ -391,7 +391,7 @@ class VisionTransformer(nn.Module):
         """
         if not self.is_last_stage:
             raise ValueError("only the last stage of a pipeline has a classifier")
-        count("num_classes", num_classes)
+        num_classes = count("num_classes", num_classes)
         if global_pool is not None:
             self._check_pool(global_pool)
             if global_pool == "map" and self.attn_pool is None:
@@ -540,7 +540,7 @@ class VisionTransformer(nn.Module):
         return patches, prefixes
 
     def _check_grid(self, why: str) -> None:
-        if self.training and self.patch_drop.prob:
+        if self.patch_drop.training and self.patch_drop.prob:
             raise ValueError(f"{why} needs every patch; patch_drop_rate drops some")
 
     def _need_whole(self, method: str) -> None:
