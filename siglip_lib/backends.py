@@ -65,9 +65,10 @@ def attention_backends(
     """Tell which attention backends can run, in the order in which ``backend="auto"`` prefers them.
 
     On a GPU each backend that might run is tried, forward and backward, on 16 tokens; that it ran is remembered, that
-    it failed is not. Where a trial would disturb or be disturbed, what nothing speaks against counts as usable: inside
-    a transform of ``torch.func``, a FakeTensorMode or another mode that sees each operator, the export or trace of a
-    model, and the capture of a CUDA graph.
+    it failed is not. (``auto`` keeps what it chose for a case: a trial at every call would be slow.) Where a trial
+    would disturb or be disturbed, what nothing speaks against counts as usable: inside a transform of ``torch.func``,
+    a FakeTensorMode or another mode that sees each operator, the export or trace of a model, and the capture of a CUDA
+    graph.
 
     Args:
         device: where q, k and v would be.
@@ -116,7 +117,7 @@ def _case(
 
 
 def _deciding_tokens(tokens: int) -> int:
-    """A number that stands for all that make no other difference than this one does."""
+    """One number for all counts of tokens between which no backend decides."""
     # an if makes a constant of it where compiled code knows a size by its symbol alone
     if tokens > TRITON_MAX_TOKENS:
         return TRITON_MAX_TOKENS + 1
@@ -544,7 +545,7 @@ _imported: dict[str, ModuleType] = {}
 # What has been found out: (backend that was asked for, case) to the one that runs. Nothing is remembered of what can't:
 # what a trial met may be gone the next time.
 _runs: dict[tuple[str, _Case], str] = {}
-_trial = threading.RLock()  # it swaps the warnings' filters, which all threads share
+_trial = threading.Lock()  # it swaps the warnings' filters, which all threads share
 
 
 def _status(name: str, case: _Case) -> BackendStatus:

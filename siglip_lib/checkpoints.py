@@ -563,8 +563,8 @@ def _fit_positions(
     if grid is None and side**2 == count:
         grid = (side, side)
     if grid is None or grid[0] * grid[1] != count:
-        if old.shape != wanted.shape:
-            return None
+        if grid is None and old.shape != wanted.shape:
+            return None  # the check will name the shape
         said = "no square, and notes no grid" if grid is None else f"not {grid[0]} x {grid[1]}"
         raise ValueError(
             f"{where} has position embeddings of {count} patches, {said}; give load_weights "

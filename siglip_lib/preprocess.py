@@ -132,12 +132,15 @@ def _upright_rgb(name: str, picture: str | os.PathLike[str] | Image) -> Image:
     # opened outside of what is caught: a missing file is no broken one
     with nullcontext() if isinstance(picture, Image.Image) else _file(name, picture) as file:
         with _broken_files_named(name, picture):
-            image = _opened(file) if file else picture
+            image = Image.open(file, formats=FORMATS) if file else picture
         _checked(name, image)  # before its pixels are read
         with _broken_files_named(name, picture):
+            key = _transparent(image)
             image.load()
         turn = _turn(image)
         image = image.copy() if turn is None else image.transpose(turn)
+        if "transparency" in image.info:
+            image.info["transparency"] = key
     _checked(name, image)
     if image.mode in DEEP:
         image = _grey(image)
@@ -170,22 +173,19 @@ def _broken_files_named(name: str, picture: str | os.PathLike[str] | Image) -> I
         raise ValueError(f"{name}: {picture!r} can't be read as a picture ({why})") from error
 
 
-def _opened(file: BinaryIO) -> Image:
-    """Return the picture in a file, its pixels not read yet."""
-    from PIL import Image
-
-    image = Image.open(file, formats=FORMATS)
+def _transparent(image: Image) -> int | bytes | tuple[int, int, int] | None:
+    """Return what in a picture is transparent, as its pixels will be once they are read; None if nothing is."""
     key = image.info.get("transparency")
-    if image.format == "PNG" and key is not None:
+    if image.format == "PNG" and key is not None and image.tile:
         # PIL makes 8 bits of pixels, but leaves the one colour that is transparent as the file has it
         match image.tile[0][3]:
             case "L;2":
-                image.info["transparency"] = key * 85
+                return key * 85
             case "L;4":
-                image.info["transparency"] = key * 17
+                return key * 17
             case "RGB;16B":
-                image.info["transparency"] = tuple(value >> 8 for value in key)
-    return image
+                return tuple(value >> 8 for value in key)
+    return key
 
 
 def _turn(image: Image) -> Transpose | None:

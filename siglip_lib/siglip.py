@@ -262,9 +262,9 @@ def load_siglip(source: str | Path) -> tuple[SigLIP, Tokenizer]:
             raise FileNotFoundError(f"{str(source)!r} holds no {listed(lost)}")
         return tuple(found.values())
 
-    aside = _aside(Path(source).resolve())
-    if os.path.isdir(aside) and not os.path.exists(source):
-        source = aside
+    if not str(source).startswith("hf-hub:"):
+        aside = _aside(Path(source).resolve())
+        source = aside if aside.is_dir() and not Path(source).exists() else source
     config_file, pieces, files = find_in(str(source), choose, f"{_CONFIG}, {_PIECES} and ")
     config = _read_config(config_file)
     tokenizer = Tokenizer(pieces, config.context_length)
@@ -401,7 +401,7 @@ def _put_back(folder: Path) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse a folder whose loss would be one."""
+    """Refuse a folder that holds anything but a SigLIP."""
     if not folder.exists():
         return
     if not folder.is_dir():

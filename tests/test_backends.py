@@ -227,7 +227,11 @@ def test_a_package_that_is_missing_or_there(monkeypatch):
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """Enough of a GPU, and of packages for it, to ask what speaks against them."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    found = importlib.util.find_spec
+    there = ("flash_attn", "xformers", "triton")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if name in there else found(name)
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return torch.device("cuda", 0)

@@ -180,9 +180,13 @@ KEYED = {
 @pytest.mark.parametrize("kind", KEYED)
 def test_what_a_png_calls_transparent_is_white(kind, tmp_path):
     (tmp_path / "keyed.png").write_bytes(KEYED[kind])
-    levels = (preprocess(tmp_path / "keyed.png", (1, 2)) + 1) * 127.5
     expected = torch.tensor([255.0, 0 if kind == "1 bit" else 85]).expand(1, 3, 1, 2)
-    torch.testing.assert_close(levels, expected)
+    opened = Image.open(tmp_path / "keyed.png")
+    key = opened.info["transparency"]
+    for picture in (tmp_path / "keyed.png", opened):
+        levels = (preprocess(picture, (1, 2)) + 1) * 127.5
+        torch.testing.assert_close(levels, expected)
+    assert opened.info["transparency"] == key
 
 
 def test_a_palette_with_alpha():

@@ -30,7 +30,8 @@ def check_exercise(number: str, answer: object) -> None:
 def grade(number: str, answer: object) -> str:
     """Return "right", "not answered yet" or "wrong: " with the reason.
 
-    Settings of torch and states of random generators are afterwards as they were, whatever the answer did to them.
+    The settings of torch that ``state.py`` lists, and the states of random generators, are afterwards as they were,
+    whatever the answer did to them.
 
     Raises:
         ValueError: there is no exercise of that number.
