@@ -132,12 +132,14 @@ def load_weights(
     if names == "transformers":
         ours = under_transformers_names(weights, IMAGE_TOWER)
     check_plain(found, where)
-    resampled = _fit_positions(found, ours, model, grid or _noted_grid(files), where)
+    grid = grid or _noted_grid(files)
+    resampled = _fit_positions(found, ours, model, grid, where)
     misfit = f"{where} does not fit the model, which is unchanged"
     check_fit(found, ours, misfit, _hint(found, ours))
     check_finite(found, ours, where)
     if resampled:
-        warnings.warn(_resampling(*resampled), stacklevel=2)
+        guess = "" if grid else "; a square was assumed, as no grid is noted: grid= says another"
+        warnings.warn(_resampling(*resampled) + guess, stacklevel=2)
     fill(ours, found)
     return LoadedWeights(names, prefix, len(found), len(state) - len(found), resampled)
 
@@ -185,7 +187,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, out of what torch.compile, DataParallel and DistributedDataParallel made of it."""
     parts = dict(model.named_children())
     for name in _WRAPPERS:
-        if name in parts:
+        if parts.keys() == {name}:  # what holds more is a model of its own
             return unwrapped(parts[name])
     return model
 

@@ -166,6 +166,14 @@ class SigLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all weights anew, as the constructor does; after ``to_empty`` for the first time."""
+        self.image.init_weights()
+        self.text.init_weights()
+        self.logit_scale.fill_(math.log(10))
+        self.logit_bias.fill_(-10)
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Return unit vectors (B, width) of pictures (B, 3, H, W) with values in [-1, 1]."""
         return F.normalize(self.image(pixels), dim=-1)

@@ -183,8 +183,8 @@ def test_what_a_png_calls_transparent_is_white(kind, tmp_path):
     expected = torch.tensor([255.0, 0 if kind == "1 bit" else 85]).expand(1, 3, 1, 2)
     opened = Image.open(tmp_path / "keyed.png")
     key = opened.info["transparency"]
-    for picture in (tmp_path / "keyed.png", opened):
-        levels = (preprocess(picture, (1, 2)) + 1) * 127.5
+    for given in (tmp_path / "keyed.png", opened):
+        levels = (preprocess(given, (1, 2)) + 1) * 127.5
         torch.testing.assert_close(levels, expected)
     assert opened.info["transparency"] == key
 

@@ -1063,3 +1063,18 @@ def test_google_siglip_so400m_patch14_384_end_to_end(pieces, scratch):
         error = (found[name] - value).abs().max() / value.abs().max()
         print(f"{name} differ by {error:.1e} of scale")
         assert error < 1e-5
+
+
+@pytest.mark.parametrize("rule", ["jax", "big_vision"])
+def test_weights_can_be_drawn_anew_and_from_the_meta_device(rule):
+    torch.manual_seed(1)
+    built = SigLIP(CONFIG, weight_init=rule)
+    with torch.device("meta"):
+        model = SigLIP(CONFIG, weight_init=rule)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    torch.manual_seed(1)
+    model.init_weights()
+    for name, tensor in built.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
