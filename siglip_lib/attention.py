@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_lib.backends import attend, attend_packed, check_backend_name
-from siglip_lib.checks import plain_shape, positive_int, probability
+from siglip_lib.checks import check_tokens, positive_int, probability
 
 
 class Attention(nn.Module):
@@ -84,10 +84,7 @@ class Attention(nn.Module):
 
     def _packed(self, x: Tensor) -> Tensor:
         """Project: x (B, N, D) to q, k and v in one tensor (B, N, 3, heads, head_dim)."""
-        dim = self.num_heads * self.head_dim
-        shape = plain_shape(x)
-        if len(shape) != 3 or shape[2] != dim:
-            raise ValueError(f"x has shape {shape}; it must be (B, N, {dim})")
+        check_tokens("x", x, self.num_heads * self.head_dim)
         return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from siglip_lib.attention import attention_weights
 from siglip_lib.backends import attend, check_backend_name
-from siglip_lib.checks import finite, plain_shape, positive_int, probability
+from siglip_lib.checks import check_tokens, finite, plain_shape, positive_int, probability
 from siglip_lib.layers import GELU_TANH, Mlp
 from siglip_lib.trunc_normal import trunc_normal_
 
@@ -114,13 +114,11 @@ class AttentionPoolLatent(nn.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project and split: x (B, N, D) to q (B, latents, heads, head_dim), k and v (B, N, heads, head_dim)."""
-        width, shape = self.num_heads * self.head_dim, plain_shape(x)
-        if len(shape) != 3 or shape[2] != width:
-            raise ValueError(f"x has shape {shape}; it must be (B, N, {width})")
+        check_tokens("x", x, self.num_heads * self.head_dim)
         if self.pos_embed is not None:
-            feat_size = plain_shape(self.pos_embed)[0]
-            if feat_size != shape[1]:
-                raise ValueError(f"x has {shape[1]} tokens; feat_size is {feat_size}")
+            num_tokens, feat_size = plain_shape(x)[1], plain_shape(self.pos_embed)[0]
+            if num_tokens != feat_size:
+                raise ValueError(f"x has {num_tokens} tokens; feat_size is {feat_size}")
             x = x + self.pos_embed.to(x.dtype)
         q = self.q(self.latent).unflatten(-1, (self.num_heads, self.head_dim))
         q = q.expand(x.shape[0], -1, -1, -1)  # the queries are the same for every picture

@@ -74,7 +74,7 @@ def finite_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{where} NaN or infinite elements in {names}")
 
 
-def tensor(name: str, x: Tensor, shape: str, integers: bool = False) -> None:
+def check_tensor(name: str, x: Tensor, shape: str, integers: bool = False) -> None:
     """Refuse what is no tensor of floats, or of integers; ``shape`` says which one and what gives such a tensor."""
     kind = "integers" if integers else "floats"
     if not isinstance(x, Tensor):
@@ -83,17 +83,19 @@ def tensor(name: str, x: Tensor, shape: str, integers: bool = False) -> None:
         raise TypeError(f"{name}: {x.dtype} found; it must be a tensor of {kind}, {shape}")
 
 
-def pictures(name: str, x: Tensor, channels: int | str = "C") -> None:
-    """Refuse what is no tensor of pictures (B, C, H, W), with any number of channels if that is no number."""
-    shape = f"(B, {channels}, H, W)"
-    tensor(name, x, f"{shape}, such as preprocess makes of pictures")
-    if x.ndim != 4 or (channels != "C" and x.shape[1] != channels):
-        batch = f"; {name}[None] makes a batch of one" if x.ndim == 3 else ""
-        raise ValueError(f"{name} have shape {tuple(x.shape)}; it must be {shape}{batch}")
+def check_pictures(name: str, x: Tensor, channels: int | None = None) -> None:
+    """Refuse what is no tensor of pictures (B, channels, H, W); with any number of channels if None."""
+    wanted = f"(B, {channels or 'C'}, H, W)"
+    check_tensor(name, x, f"{wanted}, such as preprocess makes of pictures")
+    shape = plain_shape(x)
+    if len(shape) != 4 or (channels and shape[1] != channels):
+        batch = f"; {name}[None] makes a batch of one" if len(shape) == 3 else ""
+        raise ValueError(f"{name} have shape {shape}; it must be {wanted}{batch}")
 
 
-def tokens(name: str, x: Tensor, width: int) -> None:
+def check_tokens(name: str, x: Tensor, width: int) -> None:
     """Refuse what is no tensor of tokens (B, N, width)."""
-    tensor(name, x, f"(B, N, {width})")
-    if x.ndim != 3 or x.shape[2] != width:
-        raise ValueError(f"{name} have shape {tuple(x.shape)}; it must be (B, N, {width})")
+    check_tensor(name, x, f"(B, N, {width})")
+    shape = plain_shape(x)
+    if len(shape) != 3 or shape[2] != width:
+        raise ValueError(f"{name} has shape {shape}; it must be (B, N, {width})")

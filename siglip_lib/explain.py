@@ -22,7 +22,7 @@ from siglip_lib.attention import (
     attention_weights,
     uncompiled,
 )
-from siglip_lib.checks import finite, pictures, positive_int, tensor
+from siglip_lib.checks import check_pictures, check_tensor, finite, positive_int
 from siglip_lib.vision_transformer import VisionTransformer
 
 
@@ -245,12 +245,12 @@ def check_tower(
         )
     if not (tower.is_first_stage and tower.is_last_stage):
         raise ValueError("tower is one stage of a pipeline; these maps need the whole")
-    pictures("pixels", pixels)
+    check_pictures("pixels", pixels)
     if 0 in pixels.shape:
         raise ValueError(f"pixels have shape {tuple(pixels.shape)}, which holds nothing")
     if text is None:
         return tower
-    tensor("text", text, f"({len(pixels)}, {tower.embed_dim})")
+    check_tensor("text", text, f"({len(pixels)}, {tower.embed_dim})")
     if text.shape != (len(pixels), tower.embed_dim):
         raise ValueError(
             f"text has shape {tuple(text.shape)}; it must be ({len(pixels)}, {tower.embed_dim}), "

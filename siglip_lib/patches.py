@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siglip_lib.checks import pair, pictures, plain_shape, positive_int, probability
+from siglip_lib.checks import check_pictures, pair, plain_shape, positive_int, probability
 from siglip_lib.observers import is_plain
 
 
@@ -100,7 +100,7 @@ class PatchEmbed(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         # a wrapper may not show how many there are
-        pictures("pictures", x, getattr(self.proj, "in_channels", "C"))
+        check_pictures("pictures", x, getattr(self.proj, "in_channels", None))
         size = plain_shape(x)[2:]
         if size == self.img_size:
             return
@@ -146,11 +146,12 @@ def resample_abs_pos_embed(
 
     Source: Dosovitskiy et al., An Image is Worth 16x16 Words (2021), section 3.2 (fine-tuning at higher resolution).
     """
-    num_patches = posemb.shape[1] - num_prefix_tokens
+    shape = plain_shape(posemb)
+    num_patches = shape[1] - num_prefix_tokens
     old_size = (round(num_patches**0.5),) * 2 if old_size is None else tuple(old_size)
-    if posemb.ndim != 3 or posemb.shape[0] != 1 or old_size[0] * old_size[1] != num_patches:
+    if len(shape) != 3 or shape[0] != 1 or old_size[0] * old_size[1] != num_patches:
         raise ValueError(
-            f"posemb has shape {tuple(posemb.shape)}; with {num_prefix_tokens} prefix tokens and a grid of "
+            f"posemb has shape {shape}; with {num_prefix_tokens} prefix tokens and a grid of "
             f"{old_size[0]} x {old_size[1]} it must be (1, {num_prefix_tokens + old_size[0] * old_size[1]}, D)"
         )
     if tuple(new_size) == old_size:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_lib.block import Block
-from siglip_lib.checks import count, positive_int, tensor
+from siglip_lib.checks import check_tensor, count, plain_shape, positive_int
 from siglip_lib.files import replacing
 from siglip_lib.layers import GELU_TANH
 from siglip_lib.vision_transformer import LAYER_NORM
@@ -224,12 +224,12 @@ class TextTransformer(nn.Module):
             )  # without its name: by that a rule knows a classifier, which may start with zeros
 
     def forward(self, tokens: Tensor) -> Tensor:
-        length = self.pos_embed.shape[1]
-        tensor(
-            "tokens", tokens, f"(B, {length}), such as a Tokenizer makes of texts", integers=True
-        )
-        if tokens.ndim != 2 or tokens.shape[1] != length:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; it must be (B, {length})")
+        length = plain_shape(self.pos_embed)[1]
+        wanted = f"(B, {length}), such as a Tokenizer makes of texts"
+        check_tensor("tokens", tokens, wanted, integers=True)
+        shape = plain_shape(tokens)
+        if len(shape) != 2 or shape[1] != length:
+            raise ValueError(f"tokens have shape {shape}; it must be (B, {length})")
         x = self.token_embed(tokens) + self.pos_embed  # (B, N, D)
         x = self.norm(self.blocks(x))  # (B, N, D)
         return self.head(x[:, -1])  # (B, embed_dim)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from siglip_lib.attention_pool import AttentionPoolLatent
 from siglip_lib.block import Block
-from siglip_lib.checks import count, pair, positive_int, probability, tokens
+from siglip_lib.checks import check_tokens, count, pair, plain_shape, positive_int, probability
 from siglip_lib.layers import GELU_TANH, Mlp
 from siglip_lib.patches import PatchDropout, PatchEmbed, resample_abs_pos_embed
 from siglip_lib.trunc_normal import trunc_normal_
@@ -242,7 +242,7 @@ class VisionTransformer(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, prefix + N, D) to (B, D), then classify unless ``pre_logits`` or there are no classes."""
         _need(self.is_last_stage, "forward_head", "the last stage of a pipeline")
-        tokens("tokens", x, self.embed_dim)
+        check_tokens("x", x, self.embed_dim)
         if self.global_pool == "map":
             x = self.attn_pool(x[:, self.num_prefix_tokens :])
         elif self.global_pool == "avg":
@@ -474,11 +474,11 @@ class VisionTransformer(nn.Module):
 
         if self.is_first_stage:
             patches = stage("patches", self.patch_embed(x))  # (B, N, D)
-            grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
+            grid = self.patch_embed.dynamic_feat_size(plain_shape(x)[2:])
             x = stage("positions", self._add_positions(patches, grid))  # (B, prefix + N, D)
             x = self.norm_pre(self.patch_drop(x))
         else:
-            tokens("tokens", x, self.embed_dim)
+            check_tokens("x", x, self.embed_dim)
         for i, block in enumerate(self.blocks):
             if i == end:
                 break

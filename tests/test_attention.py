@@ -186,6 +186,16 @@ def test_wrong_shapes(shape):
     assert str(caught.value) == f"x has shape {shape}; it must be (B, N, 24)"
 
 
+@pytest.mark.parametrize("x", [[[[0.0] * 24]], torch.zeros(2, 7, 24, dtype=torch.uint8)])
+def test_what_is_no_tensor_of_floats(x):
+    attention = Attention(24, 3, qk_norm=True)
+    for call in (attention, attention.attention_map):
+        with pytest.raises(
+            TypeError, match=r"x: .* found; it must be a tensor of floats, \(B, N, 24"
+        ):
+            call(x)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

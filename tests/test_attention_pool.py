@@ -177,6 +177,16 @@ def test_wrong_inputs(options, shape, message):
             call(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("x", [[[[0.0] * 16]], torch.zeros(2, 5, 16, dtype=torch.uint8)])
+def test_what_is_no_tensor_of_floats(x):
+    pool = AttentionPoolLatent(16, 4)
+    for call in (pool, pool.attention_map):
+        with pytest.raises(
+            TypeError, match=r"x: .* found; it must be a tensor of floats, \(B, N, 16"
+        ):
+            call(x)
+
+
 @pytest.mark.parametrize(("options", "error", "message"), WRONG)
 def test_wrong_arguments(options, error, message):
     with pytest.raises(error) as caught:

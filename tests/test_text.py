@@ -82,6 +82,15 @@ def test_a_text_has_as_many_tokens_as_positions(shape):
         TextTransformer(**SIZES, mlp_ratio=2.0)(torch.ones(shape, dtype=torch.int64))
 
 
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_trace_has_nothing_to_warn_of():
+    tower = TextTransformer(**SIZES, mlp_ratio=2.0).eval()
+    traced = torch.jit.trace(tower, (torch.ones(2, 7, dtype=torch.int64),))
+    tokens = torch.arange(21).view(3, 7) % SIZES["vocab_size"]
+    torch.testing.assert_close(traced(tokens), tower(tokens))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [

@@ -879,7 +879,7 @@ def test_a_stage_refuses_what_needs_the_whole():
         first.get_classifier()
     with pytest.raises(ValueError, match="set_input_size needs the first stage of a pipeline"):
         last.set_input_size(32)
-    with pytest.raises(ValueError, match=r"tokens have shape \(.*\); it must be"):
+    with pytest.raises(ValueError, match=r"x has shape \(.*\); it must be"):
         last(pictures())
 
 
@@ -994,14 +994,10 @@ def test_what_are_no_pictures(x, error, message, entry):
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        (torch.zeros(9, 24), ValueError, "tokens have shape (9, 24); it must be (B, N, 24)"),
-        (torch.zeros(2, 9, 23), ValueError, "tokens have shape (2, 9, 23); it must be (B, N, 24)"),
-        ([1.0], TypeError, "tokens: list found; it must be a tensor of floats, (B, N, 24)"),
-        (
-            torch.zeros(2, 9, 24).int(),
-            TypeError,
-            "tokens: torch.int32 found; it must be a tensor of",
-        ),
+        (torch.zeros(9, 24), ValueError, "x has shape (9, 24); it must be (B, N, 24)"),
+        (torch.zeros(2, 9, 23), ValueError, "x has shape (2, 9, 23); it must be (B, N, 24)"),
+        ([1.0], TypeError, "x: list found; it must be a tensor of floats, (B, N, 24)"),
+        (torch.zeros(2, 9, 24).int(), TypeError, "x: torch.int32 found; it must be a tensor of"),
     ],
 )
 def test_what_are_no_tokens(x, error, message):
@@ -1019,3 +1015,13 @@ def test_refusals_do_not_stop_tracing():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"reg_tokens": 2}])
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_trace_has_nothing_to_warn_of(options):
+    model = small(**MAP | options).eval()
+    traced = torch.jit.trace(model, (pictures(),))
+    x = pictures()
+    torch.testing.assert_close(traced(x), model(x))
