@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from siglip_lib.attention import (
     attention_layers,
@@ -22,6 +22,7 @@ from siglip_lib.attention import (
     attention_weights,
     uncompiled,
 )
+from siglip_lib.checkpoints import unwrapped
 from siglip_lib.checks import check_pictures, check_tensor, finite, positive_int
 from siglip_lib.vision_transformer import VisionTransformer
 
@@ -235,8 +236,8 @@ def _over_windows(
 def check_tower(
     tower: VisionTransformer, pixels: Tensor, text: Tensor | None = None
 ) -> VisionTransformer:
-    """Return the tower, without ``torch.compile``'s wrapper; refuse what none of these maps can be made of."""
-    tower = getattr(tower, "_orig_mod", tower)
+    """Return the tower, out of what wraps it, see ``unwrapped``; refuse what none of these maps can be made of."""
+    tower = unwrapped(tower) if isinstance(tower, nn.Module) else tower
     if not isinstance(tower, VisionTransformer):
         raise TypeError(f"tower is a {type(tower).__name__}; it must be a VisionTransformer")
     if tower.global_pool != "map":
@@ -286,9 +287,8 @@ def _score(tower: VisionTransformer, tokens: Tensor, text: Tensor) -> Tensor:
     pooled = tower.forward_head(tokens, pre_logits=True)
     pooled = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
     text = text.to(pooled.dtype)
-    text = text / text.abs().amax(
-        1, keepdim=True
-    )  # else a very short or long one under- or overflows
+    # else a very short or long one under- or overflows
+    text = text / text.abs().amax(1, keepdim=True)
     return F.cosine_similarity(pooled, text, dim=1)
 
 

@@ -418,17 +418,22 @@ def compiled_wrapper(tower: VisionTransformer) -> VisionTransformer:
     return torch.compile(tower, backend="eager")
 
 
+def data_parallel(tower: VisionTransformer) -> VisionTransformer:
+    return torch.nn.DataParallel(torch.compile(tower, backend="eager"))
+
+
 def checkpointed(tower: VisionTransformer) -> VisionTransformer:
     for i, block in enumerate(tower.blocks):
         tower.blocks[i] = checkpoint_wrapper(block)
     return tower
 
 
-CHANGES = [compiled_blocks, compiled_parts, compiled_whole, compiled_wrapper, checkpointed]
+COMPILED = [compiled_blocks, compiled_parts, compiled_whole, compiled_wrapper]
+CHANGES = [*COMPILED, data_parallel, checkpointed]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_every_layer_is_seen_in_a_tower_that_was_compiled_or_checkpointed(change):
+def test_every_layer_is_seen_in_a_tower_that_was_changed(change):
     tower, (pixels, text) = make(depth=1), given()
     with torch.no_grad(), attention_maps(tower) as expected:
         tower(pixels)
@@ -439,7 +444,7 @@ def test_every_layer_is_seen_in_a_tower_that_was_compiled_or_checkpointed(change
         tower(pixels)  # compiled for both modes, before any hook is set
         with attention_maps(tower) as found:
             tower(pixels)
-    if change is not checkpointed:  # whose names say what wraps the blocks
+    if change in COMPILED:  # the other names say what wraps the blocks
         assert found.keys() == expected.keys()
     torch.testing.assert_close([*found.values()], [*expected.values()])
     assert_same_map(rollout(tower, pixels), maps[0])
