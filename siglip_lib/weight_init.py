@@ -73,15 +73,7 @@ def init_weights_vit_jax(module: nn.Module, name: str = "", head_bias: float = 0
 
     Source: timm's ``init_weights_vit_jax``.
     """
-    if isinstance(module, nn.Linear) and name.startswith("head"):
-        _classifier_(module, head_bias)
-    elif isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        _bias_(module, name)
-    elif isinstance(module, nn.Conv2d):
-        lecun_normal_(module)
-    elif hasattr(module, "init_weights"):
-        module.init_weights()
+    _as_big_vision_(module, name, head_bias, parts={})
 
 
 def init_weights_big_vision(module: nn.Module, name: str = "") -> None:
@@ -92,16 +84,22 @@ def init_weights_big_vision(module: nn.Module, name: str = "") -> None:
 
     Source: big_vision, models/vit.py, whose attention is flax's, with a matrix each for q, k and v.
     """
+    _as_big_vision_(module, name, head_bias=0.0, parts={"qkv": 3, "kv": 2})
     if isinstance(module, AttentionPoolLatent):
-        module.init_weights()
         nn.init.xavier_uniform_(module.latent.detach()[0])  # (queries, channels)
-    elif isinstance(module, nn.Linear) and name.startswith("head"):
-        _classifier_(module, 0.0)
+
+
+def _as_big_vision_(module: nn.Module, name: str, head_bias: float, parts: dict[str, int]) -> None:
+    """What both rules share; ``parts`` says by a layer's own name as how many layers it counts, one if not there."""
+    if isinstance(module, nn.Linear) and name.startswith("head"):
+        nn.init.zeros_(module.weight)
+        if module.bias is not None:
+            nn.init.constant_(module.bias, head_bias)
     elif isinstance(module, nn.Linear):
-        parts = {"qkv": 3, "kv": 2}.get(name.rpartition(".")[2], 1)
-        for part in module.weight.detach().chunk(parts):
+        for part in module.weight.detach().chunk(parts.get(name.rpartition(".")[2], 1)):
             nn.init.xavier_uniform_(part)
-        _bias_(module, name)
+        if module.bias is not None:
+            nn.init.normal_(module.bias, std=1e-6 if "mlp" in name else 0.0)
     elif isinstance(module, nn.Conv2d):
         lecun_normal_(module)
     elif hasattr(module, "init_weights"):
@@ -115,17 +113,6 @@ def lecun_normal_(module: nn.Linear | nn.Conv2d) -> None:
     trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def _classifier_(head: nn.Linear, bias: float) -> None:
-    nn.init.zeros_(head.weight)
-    if head.bias is not None:
-        nn.init.constant_(head.bias, bias)
-
-
-def _bias_(linear: nn.Linear, name: str) -> None:
-    if linear.bias is not None:
-        nn.init.normal_(linear.bias, std=1e-6 if "mlp" in name else 0.0)
 
 
 def init_weights_vit_moco(module: nn.Module, name: str = "") -> None:
@@ -151,22 +138,20 @@ def reset_parameters(model: nn.Module) -> None:
     Raises:
         TypeError: a part has weights of its own and no method ``reset_parameters`` or ``init_weights``.
     """
-
-    def start(module: nn.Module) -> Callable[[], None] | None:
-        return getattr(module, "reset_parameters", getattr(module, "init_weights", None))
-
-    def restart(module: nn.Module, name: str) -> None:
-        if start(module) is not None:
-            start(module)()
-
-    for name, module in model.named_modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own and module is not model and start(module) is None:
+    parts: list[tuple[str, nn.Module]] = []
+    named_apply(lambda module, name: parts.append((name, module)), model, include_root=False)
+    starts = []
+    for name, module in parts:
+        start = getattr(module, "reset_parameters", getattr(module, "init_weights", None))
+        if start is not None:
+            starts.append(start)
+        elif [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             raise TypeError(
                 f"{name} is a {type(module).__name__}, whose weights can't be drawn anew: "
                 "its class has neither reset_parameters() nor init_weights()"
             )
-    named_apply(restart, model, include_root=False)
+    for start in starts:  # none before all are known to be there
+        start()
 
 
 def init_rule(weight_init: str, num_classes: int = 0) -> Callable[[nn.Module, str], None]:
