@@ -59,8 +59,7 @@ def trunc_normal_(
         raise TypeError(
             f"tensor is {found}; allowed are tensors of float16, bfloat16, float32 and float64"
         )
-    mean, std, a, b = check_interval(mean, std, a, b)
-    alpha, beta = (a - mean) / std, (b - mean) / std
+    mean, std, a, b, alpha, beta = check_interval(mean, std, a, b)
     span = (b - a) / std
     if max(alpha, -beta) > 1e8:
         raise ValueError(
@@ -124,15 +123,15 @@ def _draw_by_kernel_(
 
 def check_interval(
     mean: float, std: float, a: float, b: float
-) -> tuple[float, float, float, float]:
-    """Return the four as plain floats; refuse what is out of range."""
+) -> tuple[float, float, float, float, float, float]:
+    """Return the four as plain floats, then both bounds in standard deviations; refuse what is out of range."""
     mean, std = finite("mean", mean), finite("std", std)
-    low, high = number("a", a), number("b", b)
     if not 0 < std < 1e30:
         raise ValueError(f"std={std!r} must be positive, and below 1e30")
-    if not a < b:
+    if not number("a", a) < number("b", b):
         raise ValueError(f"a={a!r} must be less than b={b!r}")
-    return mean, std, low, high
+    a, b = float(a), float(b)
+    return mean, std, a, b, (a - mean) / std, (b - mean) / std
 
 
 def _draw_centre_(

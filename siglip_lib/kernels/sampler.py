@@ -24,9 +24,8 @@ from siglip_lib.trunc_normal import check_interval, inner_bounds
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SQRT2 = math.sqrt(2.0)
 _COUNTERS = 1024  # of one program; four elements each
-_ROUNDS = tl.constexpr(
-    7
-)  # of Philox4x32: the fewest that pass the tests of its authors; 10 are usual
+# of Philox4x32: the fewest that pass the tests of its authors; 10 are usual
+_ROUNDS = tl.constexpr(7)
 _STEP = tl.constexpr(2.0**-32)  # between two neighbouring uniform numbers
 
 
@@ -80,8 +79,7 @@ def trunc_normal_philox_(
             f"tensor is {found}; allowed are tensors of float16, bfloat16 and float32;"
             " for float64 use siglip_lib.trunc_normal_"
         )
-    mean, std, a, b = check_interval(mean, std, a, b)
-    alpha, beta = (a - mean) / std, (b - mean) / std
+    mean, std, a, b, alpha, beta = check_interval(mean, std, a, b)
     if alpha >= 1 or beta <= -1:
         raise ValueError(
             f"a={a!r} and b={b!r} lie to one side of mean={mean!r}, a std={std!r} or more away;"
