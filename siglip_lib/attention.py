@@ -181,9 +181,8 @@ def attention_maps(
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the attention layers of ``model``, by name and in order, a pooling head after the blocks."""
-    wrapper = (
-        "_orig_mod"  # where torch.compile keeps the module that it wraps, whose attributes it shows
-    )
+    # where torch.compile keeps the module that it wraps, whose attributes it shows
+    wrapper = "_orig_mod"
     return {
         ".".join(part for part in name.split(".") if part != wrapper): module
         for name, module in model.named_modules()

@@ -126,9 +126,8 @@ def _lines(text: str) -> list[str]:
     """The text in as many lines as SentencePiece needs; pieces end at spaces, so it is cut there where it can be."""
     if len(text.encode()) <= _LINE:
         return [text] if text else []
-    return textwrap.wrap(
-        text, _LINE // 4, break_on_hyphens=False
-    )  # a character has at most 4 bytes
+    # a character has at most 4 bytes
+    return textwrap.wrap(text, _LINE // 4, break_on_hyphens=False)
 
 
 def _strings(name: str, texts: Iterable[str]) -> list[str]:
@@ -219,9 +218,8 @@ class TextTransformer(nn.Module):
         if self.weight_init == "big_vision":
             lecun_normal_(self.head)
         else:
-            rule(
-                self.head
-            )  # without its name: by that a rule knows a classifier, which may start with zeros
+            # without its name: by that a rule knows a classifier, which may start with zeros
+            rule(self.head)
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = plain_shape(self.pos_embed)[1]

@@ -389,8 +389,7 @@ class VisionTransformer(nn.Module):
             ValueError: ``map`` is asked for and the model was built without it, ``token`` without a class token, or the
                 model is a stage of a pipeline that has no head.
         """
-        if not self.is_last_stage:
-            raise ValueError("only the last stage of a pipeline has a classifier")
+        _need(self.is_last_stage, "reset_classifier", "the last stage of a pipeline")
         num_classes = count("num_classes", num_classes)
         if global_pool is not None:
             self._check_pool(global_pool)

@@ -135,9 +135,9 @@ def attention_viewer(
     """Return a picture to click on, with a map over it of what the clicked patch attends to.
 
     Above it the reader chooses picture, layer and head. After an error, which is raised too, it says what went wrong in
-    the map's place. Arrow keys move the patch as a click does. The pooling head's
-    one query is no patch of the picture; there a click changes nothing. Colours run from the map's least weight,
-    violet, to its largest, yellow. What prefix tokens get is not shown.
+    the map's place. Arrow keys move the patch as a click does. The pooling head's one query is no patch of the picture;
+    there a click changes nothing. Colours run from the map's least weight, violet, to its largest, yellow. What prefix
+    tokens get is not shown.
 
     Args:
         tower: an image tower with a pooling head (``global_pool="map"``); it is run in evaluation mode and its own

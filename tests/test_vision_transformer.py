@@ -866,7 +866,7 @@ def test_stages_that_cannot_be(arguments, message):
 
 def test_a_stage_refuses_what_needs_the_whole():
     first, last = (small(**MAP).to_pipeline(2, rank) for rank in range(2))
-    with pytest.raises(ValueError, match="only the last stage of a pipeline has a classifier"):
+    with pytest.raises(ValueError, match="reset_classifier needs the last stage of a pipeline"):
         first.reset_classifier(5)
     tokens = torch.zeros(1, 9, last.embed_dim)
     for stage, x in ((first, pictures()), (last, tokens)):
