@@ -31,10 +31,10 @@ from siglip_lib.emoji64 import Emoji64
 from siglip_lib.ring import ring_sigmoid_loss
 from siglip_lib.siglip import SigLIP
 from siglip_lib.text import Tokenizer
-from siglip_lib.train import PairLoss, TrainConfig, Training
+from siglip_lib.train import PairLoss, TrainConfig, Training, is_out_of_memory
 
 PARALLEL = ("ddp", "fsdp2")
-_APART = "it was broken off, and its processes may not stand at the same step"
+_STEPS_APART = "it was broken off, and its processes may not stand at the same step"
 # what a checkpoint's pickled table of contents may be made of, by module
 _CONTENTS = {
     "torch": {
@@ -112,7 +112,7 @@ class DistributedTraining(Training):
 
     def settle(self) -> None:
         if len(self.losses) < self.step:
-            self._spoilt = _APART
+            self._spoilt = _STEPS_APART
         super().settle()
 
     @contextmanager
@@ -139,7 +139,7 @@ class DistributedTraining(Training):
         return fully_shard(pair_loss, mesh=self._mesh, ignored_params=scalars)
 
     def _one_step(self) -> Tensor:
-        self._spoilt = _APART  # until the step is counted
+        self._spoilt = _STEPS_APART  # until the step is counted
         return super()._one_step()
 
     def _clip(self) -> None:
@@ -217,20 +217,21 @@ def load_checkpoint(training: Training, folder: str | Path) -> None:
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: it was stored with other settings, or is damaged; nothing was changed.
+        OSError: it can't be read.
     """
     with _together(training):
         stored = newest_checkpoint(folder)
         if stored is None:
             raise FileNotFoundError(f"folder={str(folder)!r} holds no checkpoint")
-        with _said_damaged(stored):
+        with _errors_mean_damage(stored):
             about = json.loads((stored / "training.json").read_text(encoding="utf-8"))
         training.check_stored(about, stored.name)
         ours = training.tensors()
-        with _said_damaged(stored):
+        with _errors_mean_damage(stored):
             contents = _contents(stored / ".metadata")
             _check_contents(contents, ours)
     tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in ours.items()}
-    with _together(training), _said_damaged(stored):
+    with _together(training), _errors_mean_damage(stored):
         with _processes(training) as who:
             dcp.load(tensors, storage_reader=_Reader(stored, contents), **who)
         # what the files did not fill is still NaN
@@ -276,10 +277,8 @@ class _Unpickler(pickle.Unpickler):
     """Makes what a table of contents consists of, and nothing that could act."""
 
     def find_class(self, module: str, name: str) -> object:
-        if module in (
-            "pathlib",
-            "pathlib._local",
-        ):  # where it was stored; Python 3.13 names it otherwise
+        # where it was stored; Python 3.13 names it otherwise
+        if module in ("pathlib", "pathlib._local"):
             return PurePosixPath
         if name not in _CONTENTS.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
@@ -321,15 +320,28 @@ def _check_contents(contents: Metadata, ours: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def _said_damaged(stored: Path) -> Iterator[None]:
+def _errors_mean_damage(stored: Path) -> Iterator[None]:
+    """Say of a checkpoint that it is damaged, unless what went wrong lies elsewhere."""
     try:
         yield
     except (Exception, CheckpointException) as error:
         cause = _cause(error) if isinstance(error, CheckpointException) else error
+        if _lies_elsewhere(cause):
+            raise cause from None
         raise ValueError(
-            f"{stored} is damaged: {type(cause).__name__}: {cause}; delete it, and what was stored before "
-            "is taken up, or start anew"
+            f"{stored} is damaged: {type(cause).__name__}: {cause}; start anew in another folder"
         ) from error
+
+
+def _lies_elsewhere(cause: BaseException) -> bool:
+    """Whether the disk, the memory or another process is at fault; a file that a checkpoint lacks is damage."""
+    if isinstance(cause, OSError):
+        return not isinstance(cause, FileNotFoundError)
+    # gloo has no class of errors of its own, but names its source file
+    lost = isinstance(cause, dist.DistError) or (
+        type(cause) is RuntimeError and "third_party/gloo" in str(cause)
+    )
+    return lost or is_out_of_memory(cause)
 
 
 def _cause(error: CheckpointException) -> BaseException:

@@ -101,6 +101,13 @@ class TrainConfig:
             object.__setattr__(self, name, value)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine lacks memory, which says nothing about what was being read."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error)  # torch's plain RuntimeError on a CPU
+
+
 class Diverged(Exception):
     """The loss is no longer a finite number."""
 
@@ -248,7 +255,9 @@ class Training:
             tensors = self._named(stored["model"], {parameters[i]: moments[i] for i in moments})
         except OSError:
             raise
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             # torch's own message would advise to run what the file asks for
             raise ValueError(f"{path.name} is no stored training, or is damaged") from None
         self.check_stored(about, path.name)

@@ -449,6 +449,18 @@ def test_what_a_file_wants_run_is_not_run(new, tmp_path):
         training.load(tmp_path / "missing.pt")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("out of memory")])
+def test_without_memory_a_file_is_not_called_damaged(new, tmp_path, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    training, path = new(), tmp_path / "t.pt"
+    training.save(path)
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)):
+        training.load(path)
+
+
 def test_another_programs_file_beside_it_stays(new, tmp_path):
     (tmp_path / "t.pt.part").write_text("mine")
     new().save(tmp_path / "t.pt")

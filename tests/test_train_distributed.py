@@ -385,7 +385,7 @@ def elsewhere(contents) -> None:
 DAMAGES = {
     "a command in the contents": (
         lambda s: (s / ".metadata").write_bytes(pickle.dumps(Touch(s.parent / "ran"))),
-        "is damaged: UnpicklingError: posix.system has no place in a checkpoint; delete it",
+        "is damaged: UnpicklingError: posix.system has no place in a checkpoint; start anew in another",
     ),
     "a command beside the contents": (
         lambda s: changed(s, lambda contents: [contents, Touch(s.parent / "ran")]),
@@ -453,6 +453,35 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_of_it_is_run(
     for name, tensor in training.tensors().items():
         assert torch.equal(tensor, before[name]), name
     assert training.step == 0
+
+
+ELSEWHERE = [
+    PermissionError(13, "Permission denied", "training.json"),
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    dist.DistBackendError("NCCL error"),
+    RuntimeError("[/pytorch/third_party/gloo/gloo/pair.cc:5] Connection closed by peer"),
+]
+
+
+@pytest.mark.parametrize("where", ["Path.read_text", "_contents", "_Reader.read_data"])
+def test_a_good_checkpoint_is_not_called_damaged_where_something_else_failed(
+    emoji, undamaged, monkeypatch, where
+):
+    training = Training(*parts(emoji), "cpu")
+    for error in ELSEWHERE:
+
+        def fail(*args: object, error: Exception = error, **options: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"siglip_lib.distributed.{where}", fail)
+            with pytest.raises(type(error)) as raised:
+                load_checkpoint(training, undamaged.parent)
+        assert str(raised.value) == str(error)
+    load_checkpoint(training, undamaged.parent)
+    assert training.step == 2
 
 
 def test_weights_that_are_not_finite_are_not_stored(emoji, tmp_path):
