@@ -80,7 +80,8 @@ def _train(
     with tqdm(total=steps, initial=stored, unit="step", disable=not first) as bar:
         while training.step < steps:
             if number := stop.agreed():
-                if training.step > stored:
+                # even before the first step: what nothing is stored of can't be resumed
+                if training.step > stored or not training.stored:
                     save_checkpoint(training, checkpoints)
                 if first:
                     with suppress(OSError):  # after SIGHUP the terminal may be gone
@@ -208,7 +209,10 @@ def _check_folder(out: Path, resume: bool) -> None:
     if there and not resume:
         raise ValueError(f"{out} holds {there.name}: go on with --resume, or choose another --out")
     if not resume and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; choose another --out")
+        raise ValueError(
+            f"{out} is not empty; choose another --out, or delete it if a run broke off there before "
+            "its first checkpoint"
+        )
     check_replaceable(out / "weights")  # not after the last step
 
 

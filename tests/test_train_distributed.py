@@ -687,6 +687,24 @@ def test_ctrl_c_and_a_closed_terminal_store_the_training(tmp_path, here, monkeyp
     assert stored(tmp_path / "run") == 1
 
 
+def test_stopped_before_the_first_step_it_can_be_resumed(tmp_path, here, monkeypatch):
+    out, begin = tmp_path / "run", _Metrics.begin
+
+    def begin_and_be_told(metrics, training):
+        begin(metrics, training)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    for resume in ((), ("--resume",)):  # and stopped once more
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(_Metrics, "begin", begin_and_be_told)
+            here("--out", str(out), "--steps", "2", *resume)
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert newest_checkpoint(out / "checkpoints").name == "step_000000000"
+    here("--out", str(out), "--steps", "2", "--resume")
+    assert [step for step, _ in steps_of(out)] == [0, 1]
+    assert (out / "weights").is_dir()
+
+
 def test_a_folder_that_holds_something_or_is_in_use_is_left_alone(tmp_path, here, capfd):
     out = tmp_path / "run"
     weights, metrics = out / "weights", out / "metrics.csv"
@@ -700,7 +718,10 @@ def test_a_folder_that_holds_something_or_is_in_use_is_left_alone(tmp_path, here
     metrics.write_text("mine")
     with pytest.raises(SystemExit):
         here("--out", str(out))
-    assert f"{out} is not empty; choose another --out" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert (
+        f"{out} is not empty; choose another --out, or delete it if a run broke off there" in said
+    )
 
     (out / "checkpoints" / "step_000000001").mkdir(parents=True)
     weights.mkdir()
