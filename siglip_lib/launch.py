@@ -46,7 +46,9 @@ def meeting() -> dict[str, object]:
     if _MEETING not in os.environ:
         return {}
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(os.environ[_MEETING], world)
+    # a store that processes have met in is of no use to those that torchrun starts in their place
+    restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    store = dist.FileStore(f"{os.environ[_MEETING]}.{restart}", world)
     return {"store": store, "rank": rank, "world_size": world}
 
 

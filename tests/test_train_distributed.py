@@ -660,6 +660,28 @@ def test_stopped_killed_and_resumed_it_is_one_training(tmp_path, emoji, here, mo
     assert [loss for _, loss in steps_of(out)] == pytest.approx(never_stopped.losses, rel=1e-3)
 
 
+def test_restarted_processes_meet_anew(tmp_path):
+    script = tmp_path / "meet.py"
+    script.write_text(
+        "import os, sys\n"
+        "import torch.distributed as dist\n"
+        "from siglip_lib.launch import meeting\n"
+        "dist.init_process_group('gloo', **meeting())\n"
+        "dist.barrier()\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    sys.exit(1)\n"
+        "open(f'{sys.argv[1]}.{dist.get_rank()}', 'x').close()\n"
+        "dist.destroy_process_group()\n"
+    )
+    line = [sys.executable, "-m", "siglip_lib.launch", "2", "--max-restarts=1", str(script)]
+    ended = subprocess.run(
+        [*line, str(tmp_path / "met")], timeout=90, stderr=subprocess.PIPE, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "met.0").exists()
+    assert (tmp_path / "met.1").exists()
+
+
 def test_at_the_end_there_are_weights(tmp_path, here, capfd):
     out = tmp_path / "run"
     here("--out", str(out), "--steps", "2", "--checkpoint-every", "1")
