@@ -2,7 +2,9 @@
 
 What is random about a step follows from the seed and the step's number alone. So a training that was stopped goes on as
 if it had not been, and two with the same seed on the same device give the same weights, bit by bit, compiled or not.
-Ctrl-C, or a notebook's Stop button, stops it after the step that it is at; a second one at once.
+Ctrl-C, or a notebook's Stop button, stops ``Training.run`` after the step that it is at; a second one at once. The
+command stores a checkpoint before it ends: on a CPU after the step, on a GPU after the block of 50 steps, that it is
+at. There a second Ctrl-C changes nothing.
 """
 
 import math
@@ -46,10 +48,10 @@ EMOJI64_SIGLIP = SigLIPConfig(
     vocab_size=1500,
     context_length=16,
 )
-_HALF = "it was broken off within a step, which left the weights half changed"
 EMOJI64_WEIGHTS = Path(__file__).parent / "weights" / "emoji64"
 # their unit vectors (5094, 128) of all pictures, "pictures" in a safetensors file, float16
 EMOJI64_VECTORS = EMOJI64_WEIGHTS.with_name("emoji64_vectors.safetensors")
+_HALF_A_STEP = "it was broken off within a step, which left the weights half changed"
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,8 @@ class Training:
         self._steps_here = 0
         self._drawn = lru_cache(maxsize=2)(self._draw)
         self._loss = torch.zeros((), device=device)
-        self._found = torch.zeros(
-            BLOCK, device=device
-        )  # losses of a block of steps, while it is at work
+        # losses of a block of steps, while it is at work
+        self._found = torch.zeros(BLOCK, device=device)
         self._forward = torch.compile(self._batch_loss) if compile else self._batch_loss
 
     def run(self, until: int | None = None, progress: bool = True) -> None:
@@ -359,7 +360,7 @@ class Training:
             raise Diverged(
                 f"the loss is {found[good]} at step {self.step}; lower lr={self.config.lr} or "
                 f"logit_lr={self.config.logit_lr}, or lengthen warmup={self.config.warmup}, in a new training: "
-                "what is stored of this one goes on only as it was, and would come to the same"
+                "a stored part of this training has the same settings and would diverge again"
             )
         return told
 
@@ -412,7 +413,7 @@ class Training:
         return self._replay()  # recording ran nothing
 
     def _replay(self) -> Tensor:
-        self._spoilt = _HALF
+        self._spoilt = _HALF_A_STEP
         self._graph.replay()
         return self._loss
 
@@ -422,7 +423,7 @@ class Training:
             loss = self._forward()
             loss.backward()
         self._clip()
-        self._spoilt = _HALF  # until the step is counted
+        self._spoilt = _HALF_A_STEP  # until the step is counted
         self.optimizer.step()
         return loss.detach()
 

@@ -717,9 +717,10 @@ def test_stopped_before_the_first_step_it_can_be_resumed(tmp_path, here, monkeyp
         os.kill(os.getpid(), signal.SIGTERM)
 
     for resume in ((), ("--resume",)):  # and stopped once more
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        with monkeypatch.context() as patch:
             patch.setattr(_Metrics, "begin", begin_and_be_told)
-            here("--out", str(out), "--steps", "2", *resume)
+            with pytest.raises(SystemExit) as ended:
+                here("--out", str(out), "--steps", "2", *resume)
         assert ended.value.code == 128 + signal.SIGTERM
         assert newest_checkpoint(out / "checkpoints").name == "step_000000000"
     here("--out", str(out), "--steps", "2", "--resume")
