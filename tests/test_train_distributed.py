@@ -669,7 +669,7 @@ def test_restarted_processes_meet_anew(tmp_path):
         "dist.init_process_group('gloo', **meeting())\n"
         "dist.barrier()\n"
         "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "    sys.exit(1)\n"
+        "    os._exit(1)  # as if killed\n"
         "open(f'{sys.argv[1]}.{dist.get_rank()}', 'x').close()\n"
         "dist.destroy_process_group()\n"
     )
