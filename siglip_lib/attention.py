@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
 def _drop_probability(attn_drop: nn.Module) -> float:
     """Return what part of the attention weights ``attn_drop`` would drop, for the backend to drop it."""
-    if isinstance(attn_drop, nn.Dropout):
+    if type(attn_drop) is nn.Dropout:  # what a subclass does, no backend does for it
         return attn_drop.p if attn_drop.training else 0.0
     if isinstance(attn_drop, nn.Identity):
         return 0.0
