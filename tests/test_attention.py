@@ -110,10 +110,17 @@ def test_attn_drop_is_what_the_layer_itself_would_do(replace, backend):
     assert not torch.allclose(attention(x), once)
 
 
-def test_an_attn_drop_that_no_backend_can_do():
+class OwnDropout(nn.Dropout):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [nn.AlphaDropout, OwnDropout])
+def test_an_attn_drop_that_no_backend_can_do(kind):
     attention = Attention(24, 3)
-    attention.attn_drop = nn.AlphaDropout(0.5)
-    with pytest.raises(TypeError, match=r"attn_drop is AlphaDropout; it must be nn\.Dropout or"):
+    attention.attn_drop = kind(0.5)
+    said = rf"attn_drop is {kind.__name__}; it must be nn\.Dropout or"
+    with pytest.raises(TypeError, match=said):
         attention(torch.randn(2, 7, 24))
 
 
