@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -35,19 +41,6 @@ from siglip_lib.train import PairLoss, TrainConfig, Training, is_out_of_memory
 
 PARALLEL = ("ddp", "fsdp2")
 _STEPS_APART = "it was broken off, and its processes may not stand at the same step"
-# what a checkpoint's pickled table of contents may be made of, by module
-_CONTENTS = {
-    "torch": {
-        "Size",
-        *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)),
-    },
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-        *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-    },
-}
 
 
 class DistributedTraining(Training):
@@ -224,12 +217,13 @@ def load_checkpoint(training: Training, folder: str | Path) -> None:
         if stored is None:
             raise FileNotFoundError(f"folder={str(folder)!r} holds no checkpoint")
         with _errors_mean_damage(stored):
+            if odd := [path.name for path in stored.iterdir() if not path.is_file()]:
+                raise ValueError(f"{listed(odd, 5)} is no file")  # to read a pipe might never end
             about = json.loads((stored / "training.json").read_text(encoding="utf-8"))
         training.check_stored(about, stored.name)
         ours = training.tensors()
         with _errors_mean_damage(stored):
-            contents = _contents(stored / ".metadata")
-            _check_contents(contents, ours)
+            contents = _contents(stored / ".metadata", ours)
     tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in ours.items()}
     with _together(training), _errors_mean_damage(stored):
         with _processes(training) as who:
@@ -273,16 +267,23 @@ def _begin(training: Training, temporary: Path, final: Path) -> None:
     (temporary / "training.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes what a table of contents consists of, and nothing that could act."""
+class _Inert:
+    """What stands for an object of a table of contents: it keeps what it is given, and does nothing."""
 
-    def find_class(self, module: str, name: str) -> object:
-        # where it was stored; Python 3.13 names it otherwise
-        if module in ("pathlib", "pathlib._local"):
-            return PurePosixPath
-        if name not in _CONTENTS.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-        return super().find_class(module, name)
+    state: object = ()
+
+    def __init__(self, *given: object) -> None:
+        self.given = given
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes no object that a file names, but a stand-in of a class of its own: what is set on it touches no other."""
+
+    def find_class(self, module: str, name: str) -> type:
+        return type(name, (_Inert,), {})
 
 
 class _Reader(FileSystemReader):
@@ -296,27 +297,51 @@ class _Reader(FileSystemReader):
         return self._contents
 
 
-def _contents(path: Path) -> Metadata:
+def _contents(path: Path, ours: dict[str, Tensor]) -> Metadata:
+    """Read where which part of each of our tensors lies. What a file says else is left where it is."""
     with path.open("rb") as file:
-        return _Unpickler(file).load()
-
-
-def _check_contents(contents: Metadata, ours: dict[str, Tensor]) -> None:
-    """Refuse a table of contents without all our tensors; what is no tensor torch would unpickle."""
-    stored = contents.state_dict_metadata
+        table = _Unpickler(file).load().state
     # the optimizer's constants were stored once; they follow from the settings
-    names = {name for name in stored if not name.startswith("optimizer.param_groups.")}
-    if odd := names ^ ours.keys():
+    stored = {
+        name: entry.state
+        for name, entry in table["state_dict_metadata"].items()
+        if not name.startswith("optimizer.param_groups.")
+    }
+    if odd := stored.keys() ^ ours.keys():
         raise ValueError(f"missing or unexpected are {listed(odd, 5)}")
-    for name, tensor in ours.items():
-        entry = stored[name]
-        if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{name} is no tensor")
-        if (entry.size, entry.properties.dtype) != (tensor.shape, tensor.dtype):
-            raise ValueError(f"{name} is {entry.properties.dtype} {tuple(entry.size)}")
-    for place in contents.storage_data.values():
-        if Path(place.relative_path).name != place.relative_path:
-            raise ValueError(f"{place.relative_path!r} lies elsewhere")
+    entries = {name: _entry(name, stored[name], tensor) for name, tensor in ours.items()}
+    places = {}
+    for index, place in table["storage_data"].items():
+        file, start, length = (place.state[key] for key in ("relative_path", "offset", "length"))
+        # torch gives each process a file of such a name
+        if type(file) is not str or not re.fullmatch(r"__\d+_\d+\.distcp", file, re.ASCII):
+            raise ValueError(f"{file!r} lies elsewhere")
+        _numbers((start, length))
+        name, offset, which = (index.state[key] for key in ("fqn", "offset", "index"))
+        if name in ours:
+            places[MetadataIndex(name, _size(offset), which)] = _StorageInfo(file, start, length)
+    return Metadata(entries, storage_data=places)
+
+
+def _entry(name: str, stored: dict, tensor: Tensor) -> TensorStorageMetadata:
+    if "properties" not in stored:
+        raise ValueError(f"{name} is no tensor")
+    dtype, size = stored["properties"].state[0].__name__, _size(stored["size"])
+    if (size, f"torch.{dtype}") != (tensor.shape, str(tensor.dtype)):
+        raise ValueError(f"{name} is {dtype} {tuple(size)}")
+    parts = [(part.state["offsets"], part.state["sizes"]) for part in stored["chunks"]]
+    chunks = [ChunkStorageMetadata(*map(_size, part)) for part in parts]
+    return TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, chunks)
+
+
+def _size(stored: _Inert) -> torch.Size:
+    return torch.Size(_numbers(*stored.given))
+
+
+def _numbers(found: tuple) -> tuple[int, ...]:
+    if type(found) is not tuple or not all(type(n) is int and n >= 0 for n in found):
+        raise ValueError("a size or a place in it is no number")
+    return found
 
 
 @contextmanager
@@ -328,9 +353,11 @@ def _errors_mean_damage(stored: Path) -> Iterator[None]:
         cause = _cause(error) if isinstance(error, CheckpointException) else error
         if _lies_elsewhere(cause):
             raise cause from None
+        # torch's own text advises to run what the file asks for
+        said = "no tensor" if isinstance(cause, pickle.UnpicklingError) else cause
         raise ValueError(
-            f"{stored} is damaged: {type(cause).__name__}: {cause}; start anew in another folder"
-        ) from error
+            f"{stored} is damaged: {type(cause).__name__}: {said}; start anew in another folder"
+        ) from None
 
 
 def _lies_elsewhere(cause: BaseException) -> bool:

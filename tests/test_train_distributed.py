@@ -14,14 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import run_group
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.device_mesh import DeviceMesh
 
 import siglip_lib.distributed as distributed
@@ -385,15 +390,33 @@ def elsewhere(contents) -> None:
 DAMAGES = {
     "a command in the contents": (
         lambda s: (s / ".metadata").write_bytes(pickle.dumps(Touch(s.parent / "ran"))),
-        "is damaged: UnpicklingError: posix.system has no place in a checkpoint; start anew in another",
+        "is damaged: TypeError",
     ),
     "a command beside the contents": (
         lambda s: changed(s, lambda contents: [contents, Touch(s.parent / "ran")]),
-        "posix.system has no place",
+        "is damaged: AttributeError",
     ),
     "bytes for a tensor": (lambda s: with_a_command(s, True), f"{NAME} is no tensor"),
     "a pickle for a tensor": (lambda s: with_a_command(s, False), "is damaged: UnpicklingError"),
     "a file elsewhere": (lambda s: changed(s, elsewhere), "'../__0_0.distcp' lies elsewhere"),
+    "a file above": (
+        lambda s: changed(
+            s, lambda c: setattr(next(iter(c.storage_data.values())), "relative_path", "..")
+        ),
+        "'..' lies elsewhere",
+    ),
+    "a length below 0": (
+        lambda s: changed(s, lambda c: setattr(next(iter(c.storage_data.values())), "length", -1)),
+        "a size or a place in it is no number",
+    ),
+    "tensors of zeros": (
+        lambda s: (s / "__0_0.distcp").write_bytes(bytes((s / "__0_0.distcp").stat().st_size)),
+        "is damaged: UnpicklingError: no tensor; start anew",
+    ),
+    "a pipe": (
+        lambda s: ((s / "training.json").unlink(), os.mkfifo(s / "training.json")),
+        "training.json is no file",
+    ),
     "contents cut": (
         lambda s: (s / ".metadata").write_bytes((s / ".metadata").read_bytes()[:500]),
         "is damaged: ",
@@ -417,7 +440,7 @@ DAMAGES = {
         lambda s: changed(
             s, lambda c: setattr(c.state_dict_metadata[NAME], "size", torch.Size([2]))
         ),
-        f"{NAME} is torch.float32 (2,)",
+        f"{NAME} is float32 (2,)",
     ),
     "no JSON": (lambda s: (s / "training.json").write_text("{"), "is damaged: JSONDecodeError"),
     "other JSON": (lambda s: (s / "training.json").write_text("[1]"), "does not tell its settings"),
@@ -453,6 +476,26 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_of_it_is_run(
     for name, tensor in training.tensors().items():
         assert torch.equal(tensor, before[name]), name
     assert training.step == 0
+
+
+def test_what_a_table_of_contents_does_to_classes_reaches_none(emoji, undamaged, tmp_path):
+    stored = tmp_path / "stored" / undamaged.name
+    shutil.copytree(undamaged, stored)
+    table = (stored / ".metadata").read_bytes()
+    assert table.endswith(b".")
+    for module, name in (
+        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("pathlib", "PurePosixPath"),
+        ("builtins", "dict"),
+    ):
+        touch = b"N}\x8c\x07touchedK\x01s\x86b0"  # sets an attribute of what lies on the stack
+        table = table[:-1] + f"c{module}\n{name}\n".encode() + touch + b"."
+    (stored / ".metadata").write_bytes(table)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_checkpoint(Training(*parts(emoji), "cpu"), stored.parent)
+    for touched in (TensorStorageMetadata, _StorageInfo, PurePosixPath):
+        assert not hasattr(touched, "touched")
 
 
 ELSEWHERE = [
