@@ -21,6 +21,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder; give a file's path")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(path.parent)!r} to write {path.name} in")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode

@@ -129,7 +129,18 @@ class Chameleon:
     __ne__ = Always.__ne__
 
 
-@pytest.mark.parametrize("one", [Always(3), Chameleon()], ids=["int", "object"])
+class Agreeing(torch.Tensor):
+    """The same as a tensor, for torch's own comparisons."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return True
+
+
+TENSOR = torch.zeros(3).as_subclass(Agreeing)
+
+
+@pytest.mark.parametrize("one", [Always(3), Chameleon(), TENSOR], ids=["int", "object", "tensor"])
 @pytest.mark.parametrize("number", NUMBERS)
 def test_what_equals_everything_is_not_right(number, one):
     for given in (one, (one,) * 2, [one] * 5, lambda *_: one, lambda *_: (one, one)):

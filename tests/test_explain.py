@@ -446,9 +446,11 @@ def test_every_layer_is_seen_in_a_tower_that_was_changed(change):
             tower(pixels)
     if change in COMPILED:  # the other names say what wraps the blocks
         assert found.keys() == expected.keys()
-    torch.testing.assert_close([*found.values()], [*expected.values()])
-    assert_same_map(rollout(tower, pixels), maps[0])
-    assert_same_map(gradient_attention(tower, pixels, text), maps[1])
+    # DataParallel takes its model to a GPU, if there is one
+    torch.testing.assert_close([m.cpu() for m in found.values()], [*expected.values()])
+    pixels, text = (x.to(next(tower.parameters()).device) for x in (pixels, text))
+    assert_same_map(rollout(tower, pixels).cpu(), maps[0])
+    assert_same_map(gradient_attention(tower, pixels, text).cpu(), maps[1])
 
 
 @pytest.mark.parametrize("method", [rollout, gradient_attention])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import FunctionType
 
 import numpy as np
+import torch
 
 from siglip_lib.exercises.state import unchanged
 
@@ -87,6 +88,8 @@ def _plain(value: object) -> object:
         return float(value)
     if isinstance(value, str):
         return str.__str__(value)
+    if isinstance(value, torch.Tensor):  # of a class that may answer for torch's functions
+        return value.as_subclass(torch.Tensor)
     for kind in (tuple, list):
         if isinstance(value, kind):
             return kind(map(_plain, kind.__iter__(value)))
