@@ -49,7 +49,7 @@ def test_a_folder_is_not_replaced(tmp_path):
     with pytest.raises(IsADirectoryError, match="folder"), replacing(tmp_path):
         pass
     with (
-        pytest.raises(FileNotFoundError, match="no folder .*missing' to write file in"),
+        pytest.raises(FileNotFoundError, match=r"no folder .*missing' to write file in"),
         replacing(tmp_path / "missing" / "file"),
     ):
         pass
