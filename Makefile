@@ -13,7 +13,7 @@ lab: $(VENV)/ready
 test: lint unit notebooks
 
 lint: $(VENV)/ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache --no-logo
 
 unit: $(VENV)/ready
 	$(BIN)/pytest --durations=5 tests
@@ -25,22 +25,22 @@ slow: $(VENV)/ready  ## SO400M at full size against timm and transformers: a min
 	$(BIN)/pytest -m slow --durations=0 tests
 
 outputs: $(VENV)/ready  ## on a GPU: run every notebook and store what it shows
-	$(BIN)/python tests/store_outputs.py notebooks/*.ipynb
+	$(BIN)/python tools/store_outputs.py notebooks/*.ipynb
 
 measured: $(VENV)/ready  ## on a CPU: run every notebook and store only its time and memory
-	$(BIN)/python tests/store_outputs.py --only-figures notebooks/*.ipynb
+	$(BIN)/python tools/store_outputs.py --only-figures notebooks/*.ipynb
 
 speed: $(VENV)/ready  ## on a GPU: time SO400M beside timm and transformers, a quarter of an hour
-	$(BIN)/python tests/speed_of_tower.py
+	$(BIN)/python tools/speed_of_tower.py
 
 speed-many: $(VENV)/ready  ## on all GPUs of a machine: time the ring loss, DDP and FSDP2, a few minutes
-	$(BIN)/python -m siglip_lib.launch gpu tests/speed_many_gpus.py
+	$(BIN)/python -m siglip_lib.launch gpu tools/speed_many_gpus.py
 
 weights: $(VENV)/ready  ## on a GPU: train the SigLIP that ships, three seeds, 4 minutes
-	$(BIN)/python tests/train_emoji64.py weights
+	$(BIN)/python tools/train_emoji64.py weights
 
 ablations: $(VENV)/ready  ## on a GPU: the table of what helps, in notebook 10; 5 minutes
-	$(BIN)/python tests/train_emoji64.py ablations
+	$(BIN)/python tools/train_emoji64.py ablations
 
 clean:
 	rm -rf $(VENV)

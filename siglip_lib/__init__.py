@@ -1,76 +1,93 @@
 """SigLIP, one component at a time: the library that the notebooks build and test."""
 
-from siglip_lib.attention import Attention, AttentionMaps, attention_maps
-from siglip_lib.attention_pool import AttentionPoolLatent
-from siglip_lib.backends import (
-    BackendStatus,
-    attend,
-    attend_packed,
-    attention_backends,
-    choose_backend,
-)
-from siglip_lib.block import Block
-from siglip_lib.checkpoints import LoadedWeights, load_weights, save_weights
-from siglip_lib.evaluate import Share, ranks, recall, zero_shot
-from siglip_lib.exercises import check_exercise
-from siglip_lib.explain import (
-    gradient_attention,
-    gradient_tokens,
-    isolation,
-    occlusion,
-    pool_attention,
-    rollout,
-)
-from siglip_lib.layers import DropPath, LayerScale, Mlp
-from siglip_lib.losses import sigmoid_loss, softmax_loss
-from siglip_lib.measure import (
-    Timing,
+from siglip_lib.backends import attend, attention_backends, choose_backend
+from siglip_lib.classroom import (
+    COLOURS,
+    attention_viewer,
+    check_exercise,
     device_report,
+    figure,
+    import_timm,
+    import_transformers,
     kernel_times,
     measure,
     package_version,
     pick_device,
+    picture,
+    plot_histogram,
+    search_box,
+    show,
+    show_attention,
 )
-from siglip_lib.oracles import import_timm, import_transformers
-from siglip_lib.patches import PatchDropout, PatchEmbed, resample_abs_pos_embed
-from siglip_lib.plots import COLOURS, figure, picture, plot_histogram, show, show_attention
-from siglip_lib.pointing import Scenes, chance, make_scenes, pointing
-from siglip_lib.preprocess import preprocess
-from siglip_lib.ring import ring_sigmoid_loss
-from siglip_lib.siglip import SigLIP, SigLIPConfig, load_siglip, save_siglip
-from siglip_lib.siglip_vit import SIGLIP_CONFIGS, SigLIPVisionConfig, create_siglip_vit
-from siglip_lib.text import TextTransformer, Tokenizer, train_tokenizer
-from siglip_lib.trunc_normal import trunc_normal_
-from siglip_lib.vision_transformer import VisionTransformer
-from siglip_lib.weight_init import init_weights_vit_timm, named_apply
-from siglip_lib.widgets import attention_viewer, search_box
+from siglip_lib.data import load_emoji64, preprocess
+from siglip_lib.evaluate import (
+    chance,
+    gradient_attention,
+    gradient_tokens,
+    isolation,
+    make_scenes,
+    occlusion,
+    pointing,
+    pool_attention,
+    ranks,
+    recall,
+    rollout,
+    zero_shot,
+)
+from siglip_lib.siglip import (
+    SigLIP,
+    SigLIPConfig,
+    TextTransformer,
+    Tokenizer,
+    embed_pictures,
+    embed_texts,
+    load_siglip,
+    ring_sigmoid_loss,
+    save_siglip,
+    sigmoid_loss,
+    softmax_loss,
+    train_tokenizer,
+)
+from siglip_lib.tower import (
+    SIGLIP_CONFIGS,
+    Attention,
+    AttentionPoolLatent,
+    Block,
+    DropPath,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    VisionTransformer,
+    attention_maps,
+    create_siglip_vit,
+    init_weights_vit_timm,
+    load_weights,
+    named_apply,
+    resample_abs_pos_embed,
+    save_weights,
+    trunc_normal_,
+)
+from siglip_lib.train import TrainConfig, Training
 
 __version__ = "0.1.0"
 __all__ = [
     "COLOURS",
     "SIGLIP_CONFIGS",
     "Attention",
-    "AttentionMaps",
     "AttentionPoolLatent",
-    "BackendStatus",
     "Block",
     "DropPath",
     "LayerScale",
-    "LoadedWeights",
     "Mlp",
-    "PatchDropout",
     "PatchEmbed",
-    "Scenes",
-    "Share",
     "SigLIP",
     "SigLIPConfig",
-    "SigLIPVisionConfig",
     "TextTransformer",
-    "Timing",
     "Tokenizer",
+    "TrainConfig",
+    "Training",
     "VisionTransformer",
     "attend",
-    "attend_packed",
     "attention_backends",
     "attention_maps",
     "attention_viewer",
@@ -79,6 +96,8 @@ __all__ = [
     "choose_backend",
     "create_siglip_vit",
     "device_report",
+    "embed_pictures",
+    "embed_texts",
     "figure",
     "gradient_attention",
     "gradient_tokens",
@@ -87,6 +106,7 @@ __all__ = [
     "init_weights_vit_timm",
     "isolation",
     "kernel_times",
+    "load_emoji64",
     "load_siglip",
     "load_weights",
     "make_scenes",
@@ -116,3 +136,12 @@ __all__ = [
     "trunc_normal_",
     "zero_shot",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # not in __all__: Triton, which may be missing, is imported when somebody asks for its kernel
+    if name == "flash_attention":
+        from siglip_lib.kernels.flash_attention import flash_attention
+
+        return flash_attention
+    raise AttributeError(f"module 'siglip_lib' has no attribute {name!r}")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 
 import siglip_lib.kernels  # noqa: F401  before anything imports Triton: the interpreter
-from siglip_lib.oracles import declare_torchvision_operators
+from siglip_lib.classroom.oracles import declare_torchvision_operators
 
 declare_torchvision_operators()  # else timm and transformers fail to import beside a CPU-only torch
 torch.backends.cudnn.allow_tf32 = False  # else a GPU's convolutions keep 10 bits in float32

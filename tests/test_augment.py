@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from siglip_lib.augment import COLUMNS, DRAWS, augment, compose
-from siglip_lib.preprocess import preprocess
+from siglip_lib.data.augmentation import COLUMNS, DRAWS, augment, compose
+from siglip_lib.data.preprocessing import preprocess
 
 SIZE = 64
 C, S = math.cos(math.radians(15)), math.sin(math.radians(15))

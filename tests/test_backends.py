@@ -26,7 +26,7 @@ from siglip_lib import (
     backends,
     choose_backend,
 )
-from siglip_lib.backends import attend_packed
+from siglip_lib.backends.dispatch import attend_packed
 
 NAMES = ("triton", "cudnn", "flash_attn", "sdpa", "xformers", "eager")
 HALF = (torch.float16, torch.bfloat16)

@@ -159,7 +159,7 @@ def test_the_kernel_gives_what_the_steps_give(init_values, drop_path, gpu, monke
         gradients = torch.autograd.grad((out * pull).sum(), [inputs, *block.parameters()])
         return [out, *gradients]
 
-    module = importlib.import_module("siglip_lib.block")
+    module = importlib.import_module("siglip_lib.tower.block")
     assert module._can_fuse(x, x, block.ls1, block.drop_path1) == bool(init_values or drop_path)
     fused = results()
     monkeypatch.setattr(module, "_can_fuse", lambda *_: False)
@@ -170,7 +170,7 @@ def test_the_kernel_gives_what_the_steps_give(init_values, drop_path, gpu, monke
 
 
 def test_when_the_kernel_is_not_taken(gpu):
-    module = importlib.import_module("siglip_lib.block")
+    module = importlib.import_module("siglip_lib.tower.block")
     x = torch.zeros(64, 729, 128, device=gpu, dtype=torch.bfloat16)
     scale, drop = LayerScale(128).to(gpu, torch.bfloat16), DropPath(0.1)
     assert module._can_fuse(x, x, scale, drop)

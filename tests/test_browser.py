@@ -28,8 +28,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CELLS = (
     """
 from siglip_lib import attention_viewer, search_box
-from siglip_lib.augment import compose
-from siglip_lib.emoji64 import load_emoji64, split
+from siglip_lib import load_emoji64
+from siglip_lib.data import compose, split
 from siglip_lib.siglip import embed_pictures, load_siglip
 from siglip_lib.train import EMOJI64_WEIGHTS
 

@@ -40,7 +40,7 @@ from siglip_lib import (
     resample_abs_pos_embed,
     save_weights,
 )
-from siglip_lib.siglip_vit import SIGLIP_CONFIGS, SigLIPVisionConfig
+from siglip_lib.tower.siglip_vit import SIGLIP_CONFIGS, SigLIPVisionConfig
 
 MARK = "patch_embed.proj.weight"
 LAYOUTS = ["timm", "deepseek_vl2", "transformers", "transformers_4"]

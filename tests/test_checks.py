@@ -4,7 +4,7 @@ import torch
 
 import siglip_lib
 from siglip_lib import checks
-from siglip_lib.checks import finite_tensors
+from siglip_lib.base.checks import finite_tensors
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from siglip_lib import emoji64
-from siglip_lib.emoji64 import (
+from siglip_lib.data.emoji64 import (
     KEYWORD_TEMPLATES,
     TEMPLATES,
     Emoji64,
@@ -21,7 +21,7 @@ from siglip_lib.emoji64 import (
     split,
     unique_batches,
 )
-from siglip_lib.preprocess import preprocess
+from siglip_lib.data.preprocessing import preprocess
 
 GROUPS = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from siglip_lib import evaluate
-from siglip_lib.evaluate import Share, ranks, recall, zero_shot
+from siglip_lib.evaluate.retrieval import Share, ranks, recall, zero_shot
 
 
 def unit(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

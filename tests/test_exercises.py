@@ -8,7 +8,7 @@ import pytest
 import torch
 from notebook_files import PATHS, Exercise, exercises, read, run, setup_source
 
-from siglip_lib.exercises import grade
+from siglip_lib.classroom.exercises import grade
 
 CASES = [
     pytest.param(read(path), exercise, id=f"{path.stem}-{exercise.number}")

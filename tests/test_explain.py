@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from siglip_lib import VisionTransformer, attention, attention_maps, attention_pool
-from siglip_lib.explain import (
+from siglip_lib.evaluate.explain import (
     gradient_attention,
     gradient_tokens,
     isolation,

@@ -155,6 +155,7 @@ def in_the_locales_encoding(source: str) -> list[str]:
 
 CODE = [
     *(ROOT / "siglip_lib").rglob("*.py"),
+    *(ROOT / "tools").glob("*.py"),
     *(path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")),
 ]
 

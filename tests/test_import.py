@@ -31,7 +31,7 @@ def first_probe():
 
 def test_import_brings_no_optional_package(first_probe):
     _, modules = first_probe
-    assert "siglip_lib.attention" in modules
+    assert "siglip_lib.tower.attention" in modules
     unwanted = (
         "triton",
         "flash_attn",
@@ -86,7 +86,7 @@ for _ in range(2):
     for module in modules:
         importlib.reload(module)
 
-from siglip_lib.losses import sigmoid_loss
+from siglip_lib.siglip.losses import sigmoid_loss
 given = [torch.randn(*shape, requires_grad=True) for shape in ((4, 8), (4, 8), (1,), (1,))]
 compiled = torch.compile(sigmoid_loss, fullgraph=True, backend="aot_eager")
 torch.testing.assert_close(compiled(*given), sigmoid_loss(*given))

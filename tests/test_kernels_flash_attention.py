@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
-from siglip_lib.backends import TRITON_HEAD_DIMS as HEAD_DIMS
-from siglip_lib.backends import TRITON_MAX_TOKENS as MAX_TOKENS
+from siglip_lib.base.offers import TRITON_HEAD_DIMS as HEAD_DIMS
+from siglip_lib.base.offers import TRITON_MAX_TOKENS as MAX_TOKENS
 from siglip_lib.kernels import flash_attention as module
 from siglip_lib.kernels.flash_attention import flash_attention
 

@@ -7,8 +7,8 @@ from siglip_lib import losses, sigmoid_loss
 
 pytest.importorskip("triton")
 
-from siglip_lib.kernels import pair_losses as module
 from siglip_lib.kernels.pair_losses import pair_losses
+from siglip_lib.kernels.pair_losses import pair_losses as module
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = [(1, 1), (4, 1024), (5, 1025), (9, 2100), (130, 3)]

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from siglip_lib import Mlp
-from siglip_lib.layers import GELU_TANH
-from siglip_lib.linear import can_fuse_linear_gelu
+from siglip_lib.tower.layers import GELU_TANH
+from siglip_lib.tower.linear_gelu import can_fuse_linear_gelu
 
 
 class Hooked(nn.Linear):

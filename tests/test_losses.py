@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from siglip_lib import losses, measure
-from siglip_lib.losses import sigmoid_loss, sigmoid_loss_block, softmax_loss
+from siglip_lib.siglip.loss_block import sigmoid_loss_block
+from siglip_lib.siglip.losses import sigmoid_loss, softmax_loss
 
 HALF = (torch.float16, torch.bfloat16)
 NAMES = ("image", "text", "logit_scale", "logit_bias")

@@ -9,7 +9,7 @@ from notebook_files import PATHS, definitions, exercises, read, run, setup_sourc
 from torch import nn
 
 import siglip_lib
-from siglip_lib.losses import sigmoid_loss_block
+from siglip_lib.siglip.loss_block import sigmoid_loss_block
 
 pytest.importorskip("triton")
 from siglip_lib.kernels.flash_attention import flash_attention

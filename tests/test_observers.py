@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from siglip_lib import DropPath, LayerScale, trunc_normal_
-from siglip_lib.observers import is_observed, is_plain, is_transformed, takes_kernel
+from siglip_lib.base.observers import is_observed, is_plain, is_transformed, takes_kernel
 
 
 def test_who_looks():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from siglip_lib import COLOURS, figure, picture, plot_histogram, show, show_attention
-from siglip_lib.plots import few_colours
+from siglip_lib.classroom.plots import few_colours
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from siglip_lib.evaluate import Share
-from siglip_lib.pointing import chance, make_scenes, pointing
+from siglip_lib.evaluate.pointing_game import chance, make_scenes, pointing
+from siglip_lib.evaluate.retrieval import Share
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -16,8 +16,8 @@ from PIL import Image, ImageFile, ImageOps
 from transformers import SiglipImageProcessor, SiglipImageProcessorPil
 from transformers.image_transforms import convert_to_rgb
 
-from siglip_lib.plots import PICTURES, picture
-from siglip_lib.preprocess import FORMATS, MODES, ORIENTATION, preprocess
+from siglip_lib.classroom.plots import PICTURES, picture
+from siglip_lib.data.preprocessing import FORMATS, MODES, ORIENTATION, preprocess
 
 LEVEL = 2 / 255  # one of the 255 steps between -1 and 1
 SIZES = [(1, 1), (2, 7), (40, 30), (3, 5000), (500, 333)]  # height, width
@@ -478,7 +478,7 @@ def test_refused(given, kind, message, monkeypatch):
     with pytest.raises(kind, match="^" + re.escape(f"pictures: {message}")):
         preprocess(given)
     # before any work: neither the file nor the picture before it is looked at
-    module = sys.modules["siglip_lib.preprocess"]  # the package's attribute is the function
+    module = sys.modules["siglip_lib.data.preprocessing"]
     monkeypatch.setattr(module, "_upright_rgb", lambda *_: pytest.fail("work was done"))
     with pytest.raises(kind, match="^" + re.escape(f"pictures[3]: {message}")):
         preprocess([noise(2, 2), "nowhere.png", noisy("L"), given, None])

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from processes import run_group
 
 from siglip_lib import ring
-from siglip_lib.losses import sigmoid_loss
-from siglip_lib.ring import ring_sigmoid_loss
+from siglip_lib.siglip.losses import sigmoid_loss
+from siglip_lib.siglip.ring_loss import ring_sigmoid_loss
 
 WORLDS = (1, 2, 3, 4)
 CASES = {  # images and texts of a rank, how many kinds of ids there are, chunk

@@ -24,8 +24,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from siglip_lib import VisionTransformer, siglip
-from siglip_lib.siglip import SigLIP, SigLIPConfig, embed_pictures, load_siglip, save_siglip
-from siglip_lib.text import Tokenizer, train_tokenizer
+from siglip_lib.siglip.embed import embed_pictures
+from siglip_lib.siglip.folder import load_siglip, save_siglip
+from siglip_lib.siglip.model import SigLIP, SigLIPConfig
+from siglip_lib.siglip.text import Tokenizer, train_tokenizer
 
 CONFIG = SigLIPConfig(
     image_size=32,

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import SiglipTextConfig, SiglipTextModel, SiglipTokenizer
 
-from siglip_lib.checkpoints import TEXT_TOWER, fill, under_transformers_names
-from siglip_lib.text import TextTransformer, Tokenizer, canonicalize, train_tokenizer
+from siglip_lib.siglip.text import TextTransformer, Tokenizer, canonicalize, train_tokenizer
+from siglip_lib.storage.fitting import fill
+from siglip_lib.storage.names import TEXT_TOWER, under_transformers_names
 
 SIZES = dict(vocab_size=50, context_length=7, width=24, depth=2, num_heads=3, embed_dim=20)
 CAPTIONS = [

@@ -12,18 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import siglip_lib.train as train
+import siglip_lib.train.training as train
 from siglip_lib import SigLIP, Tokenizer, load_siglip, recall
-from siglip_lib.emoji64 import captions, load_emoji64, split
-from siglip_lib.siglip import embed_pictures, embed_texts
-from siglip_lib.train import (
-    EMOJI64_SIGLIP,
-    EMOJI64_VECTORS,
-    EMOJI64_WEIGHTS,
-    Diverged,
-    TrainConfig,
-    Training,
-)
+from siglip_lib.data.emoji64 import captions, load_emoji64, split
+from siglip_lib.siglip.embed import embed_pictures, embed_texts
+from siglip_lib.siglip.shipped import EMOJI64_SIGLIP, EMOJI64_VECTORS, EMOJI64_WEIGHTS
+from siglip_lib.train.recipe import TrainConfig
+from siglip_lib.train.training import Diverged, Training
 
 SIZES = replace(
     EMOJI64_SIGLIP, width=32, layers=1, heads=2, mlp_hidden=32, text_width=32, text_layers=1
@@ -244,7 +239,7 @@ def whole(emoji, places, tokenizer):
 
 @pytest.mark.parametrize(
     ("where", "stride", "wanted"),
-    [("siglip_lib/train.py", 3, {"went on", "refused"}), ("optim/adam.py", 61, {"refused"})],
+    [("siglip_lib/train/training.py", 3, {"went on", "refused"}), ("optim/adam.py", 61, {"refused"})],
 )
 def test_an_interrupt_anywhere_spoils_nothing_unseen(
     new, whole, tmp_path, where, stride, wanted, monkeypatch

@@ -29,20 +29,16 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 
-import siglip_lib.distributed as distributed
-import siglip_lib.train as train
+import siglip_lib.train.distributed as distributed
+import siglip_lib.train.training as train
 from siglip_lib import SigLIP, Tokenizer, load_siglip
-from siglip_lib.distributed import (
-    PARALLEL,
-    DistributedTraining,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    whole_model,
-)
-from siglip_lib.emoji64 import Emoji64, load_emoji64, split
-from siglip_lib.train import EMOJI64_SIGLIP, EMOJI64_WEIGHTS, TrainConfig, Training
-from siglip_lib.train_command import _SIGNALS, _Metrics, _Stop, main
+from siglip_lib.data.emoji64 import Emoji64, load_emoji64, split
+from siglip_lib.siglip.shipped import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
+from siglip_lib.train.__main__ import _SIGNALS, _Metrics, _Stop, main
+from siglip_lib.train.distributed import PARALLEL, DistributedTraining
+from siglip_lib.train.recipe import TrainConfig
+from siglip_lib.train.stored import load_checkpoint, newest_checkpoint, save_checkpoint, whole_model
+from siglip_lib.train.training import Training
 
 SIZES = replace(
     EMOJI64_SIGLIP, width=32, layers=2, heads=2, mlp_hidden=32, text_width=32, text_layers=1
@@ -519,7 +515,7 @@ def test_a_good_checkpoint_is_not_called_damaged_where_something_else_failed(
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(f"siglip_lib.distributed.{where}", fail)
+            patch.setattr(f"siglip_lib.train.stored.{where}", fail)
             with pytest.raises(type(error)) as raised:
                 load_checkpoint(training, undamaged.parent)
         assert str(raised.value) == str(error)

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from siglip_lib import VisionTransformer, attention_maps, attention_viewer, search_box
-from siglip_lib.siglip import SigLIP, SigLIPConfig, embed_texts
-from siglip_lib.text import Tokenizer, train_tokenizer
+from siglip_lib.siglip.embed import embed_texts
+from siglip_lib.siglip.model import SigLIP, SigLIPConfig
+from siglip_lib.siglip.text import Tokenizer, train_tokenizer
 
 TITLES = ["a red apple", "two dogs", "pizza & cheese", '<i>the "moon"</i>', "a cat", "a rocket"]
 # of different widths and colours

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from siglip_lib.backends import why_not_our_kernel
-from siglip_lib.checks import finite
-from siglip_lib.operators import operators_of
+from siglip_lib.base.checks import finite
+from siglip_lib.base.offers import why_not_our_kernel
+from siglip_lib.base.operators import operators_of
 
 _LOG2_E = math.log2(math.e)
 _ROWS = 128  # what lse and delta are padded to: no block is larger, so none reads past their end
@@ -51,7 +51,7 @@ class Blocks:
     registers: int | None = None
 
 
-# By kernel and head_dim, as tests/tune_kernels.py found them on an H200 among those that are right.
+# By kernel and head_dim, as tools/tune_kernels.py found them on an H200 among those that are right.
 BLOCKS = {
     "forward": {
         64: Blocks(128, 64, 8, 3),

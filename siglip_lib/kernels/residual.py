@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from siglip_lib.checks import number
-from siglip_lib.observers import has_mode
-from siglip_lib.operators import operators_of
+from siglip_lib.base.checks import number
+from siglip_lib.base.observers import has_mode
+from siglip_lib.base.operators import operators_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = "use x + gamma * branch * keep / keep_prob"

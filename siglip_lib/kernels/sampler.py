@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from siglip_lib.checks import count
-from siglip_lib.trunc_normal import check_interval, inner_bounds
+from siglip_lib.base.checks import count
+from siglip_lib.base.interval import check_interval, inner_bounds
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SQRT2 = math.sqrt(2.0)

@@ -1,0 +1,41 @@
+"""What the notebooks use beside the model: pictures, timings, widgets, oracles, and checks of exercises."""
+
+from siglip_lib.classroom.exercises import check_exercise
+from siglip_lib.classroom.machine import (
+    Timing,
+    device_report,
+    kernel_times,
+    measure,
+    package_version,
+    pick_device,
+)
+from siglip_lib.classroom.oracles import import_timm, import_transformers
+from siglip_lib.classroom.plots import (
+    COLOURS,
+    figure,
+    picture,
+    plot_histogram,
+    show,
+    show_attention,
+)
+from siglip_lib.classroom.widgets import attention_viewer, search_box
+
+__all__ = [
+    "COLOURS",
+    "Timing",
+    "attention_viewer",
+    "check_exercise",
+    "device_report",
+    "figure",
+    "import_timm",
+    "import_transformers",
+    "kernel_times",
+    "measure",
+    "package_version",
+    "pick_device",
+    "picture",
+    "plot_histogram",
+    "search_box",
+    "show",
+    "show_attention",
+]

@@ -1,0 +1,122 @@
+"""Checks of notebook 03, attention."""
+
+import math
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.tower.attention import Attention
+
+
+@exercise("03.1")
+def score_std(answer) -> str | None:
+    found, right = float(answered(answer(1152, 16, 0.02))), 1152 * 0.02**2
+
+    def is_near(value):
+        return math.isclose(found, value, rel_tol=1e-2)
+
+    if is_near(right * 72**0.5):
+        return "those are the scores before the scale head_dim ** -0.5"
+    if is_near(right**0.5):
+        return "that is the standard deviation of one channel of q; a score multiplies q by k"
+    if is_near(right**2):
+        return "that is the variance; the standard deviation is its square root"
+    if is_near(right / 72**0.5):
+        return "that is one product, scaled; a score sums head_dim of them"
+    for dim, heads, std in ((1152, 16, 0.02), (1152, 16, 0.05), (768, 12, 0.02), (1152, 8, 0.02)):
+        found, right = float(answer(dim, heads, std)), dim * std**2
+        if not math.isclose(found, right, rel_tol=1e-2):
+            return f"score_std({dim}, {heads}, {std}) is {found:.3f}; random draws give {right:.3f}"
+    return None
+
+
+@exercise("03.2")
+def pack(answer) -> str | None:
+    dim, generator = 8, torch.Generator().manual_seed(0)
+    state = {}
+    for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        state[f"{part}.weight"] = torch.randn(dim, dim, generator=generator)
+        state[f"{part}.bias"] = torch.randn(dim, generator=generator)
+    packed = answered(answer(dict(state)))
+    expected = Attention(dim, 2, qkv_bias=True).state_dict()
+    if not isinstance(packed, dict):
+        return f"pack must return a dict, not {type(packed).__name__}"
+    if missing := sorted(expected.keys() - packed.keys()):
+        return f"missing: {', '.join(missing)}"
+    if extra := sorted(packed.keys() - expected.keys()):
+        return f"Attention has no {', '.join(extra)}"
+    for name, value in expected.items():
+        if packed[name].shape != value.shape:
+            found, right = tuple(packed[name].shape), tuple(value.shape)
+            return f"{name} has shape {found}, not {right}: a Linear's weight is (outputs, inputs), so stack the rows"
+    for kind in ("weight", "bias"):
+        for part, rows in zip("qkv", packed[f"qkv.{kind}"].split(dim), strict=True):
+            right = state[f"{part}_proj.{kind}"]
+            if torch.equal(rows, right):
+                continue
+            if kind == "weight" and torch.equal(rows, right.T):
+                return f"the {part} rows of qkv.weight are transposed; both Linears store (outputs, inputs)"
+            return f"the {part} part of qkv.{kind} holds something else; the order is q, k, v"
+        if not torch.equal(packed[f"proj.{kind}"], state[f"out_proj.{kind}"]):
+            return f"proj.{kind} is not out_proj.{kind}"
+    return None
+
+
+@exercise("03.3")
+def attend_in_chunks(answer) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(96, 16, generator=generator, dtype=torch.float64) for _ in range(3))
+    with _Largest() as watched:
+        found = answered(answer(q, k, v, 8))
+    if found.shape != q.shape:
+        return f"the output has shape {tuple(found.shape)}, not {tuple(q.shape)}"
+
+    def same(x, y):
+        return torch.allclose(x, y, rtol=1e-6, atol=1e-9)
+
+    def right(q, k, v, scale=16**-0.5):
+        return (q @ k.T * scale).softmax(-1) @ v
+
+    if same(found, right(q, k, v, 1.0)):
+        return "the scores lack the scale 1 / sqrt(head_dim)"
+    if same(found, right(q, k[-8:], v[-8:])):
+        return "only the last chunk counts; add to what the earlier ones gave"
+    if same(found, torch.stack([right(q, *p) for p in _chunks(k, v, 8)]).mean(0)):
+        return "each chunk has a softmax of its own here; one sum must run over all keys"
+    if same(found, torch.stack([right(q, *p) for p in _chunks(k, v, 8)]).sum(0)):
+        return "each chunk has a softmax of its own here, and their results are added; divide once, at the end"
+    if not same(found, right(q, k, v)):
+        one = answer(q, k, v, 96)
+        if same(one, right(q, k, v)):
+            return (
+                "with one chunk it is right, with more it is not: when the largest score grows, "
+                "both sums so far must be multiplied by exp(old - new)"
+            )
+        return "wrong even with a single chunk of all keys"
+    if watched.numel >= 96 * 96:
+        return "right, but a tensor of N x N numbers was formed; hold N x chunk at most"
+    if not answer(100 * q, 100 * k, v, 8).isfinite().all():
+        return "large scores overflow: take exp of the score minus the largest so far"
+    if not same(answer(100 * q, 100 * k, v, 8), right(100 * q, 100 * k, v)):
+        return "wrong for large scores, where the largest score must be subtracted"
+    if not same(answer(q, k, v, 7), right(q, k, v)):
+        return "wrong when chunk does not divide N: the last chunk is shorter"
+    return None
+
+
+def _chunks(k, v, size):
+    return zip(k.split(size), v.split(size), strict=True)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out

@@ -1,0 +1,123 @@
+"""Checks of notebook 08, the vision transformer."""
+
+import torch
+
+from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.tower.vision_transformer import VisionTransformer
+
+_SO400M = (1152, 27, 4304, 14, 729)
+_LARGE = (1024, 24, 4096, 16, 576)
+
+
+def _parameters(width: int, layers: int, hidden: int, patch: int, tokens: int) -> int:
+    mlp = 2 * width * hidden + hidden + width
+    block = 4 * width * width + 4 * width + mlp + 4 * width
+    head = 4 * width * width + 4 * width + mlp + 3 * width
+    return 3 * patch * patch * width + width + tokens * width + layers * block + 2 * width + head
+
+
+@exercise("08.1")
+def parameters(answer) -> str | None:
+    width, layers, _, patch, tokens = _SO400M
+    found, right = answered(answer(*_SO400M)), _parameters(*_SO400M)
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        return f"your function returns {found!r}; it must return a number"
+    one_norm = "a norm is missing, or its bias and another one: the last norm, or the head's own"
+    mistakes = {
+        15_238_352: "the pooling head is missing",
+        -width: "that counts the head as a block; it has one norm less, and the latent",
+        width: "one vector of the width is missing: the latent, a bias, or one half of a norm",
+        2 * width: one_norm,
+        tokens * width: "the position embeddings are missing",
+        2 * patch * patch * width: "a patch has three colours",
+        (layers - 1) * 15_239_504: "there are several blocks, not one",
+    }
+    if right - found in mistakes:
+        return mistakes[right - found]
+    if found != right:
+        word = "many" if found > right else "few"
+        return f"for SO400M you count {found:,}, which is {abs(found - right):,} too {word}"
+    if answer(*_LARGE) != _parameters(*_LARGE):
+        return "right for SO400M, but not for SigLIP's large tower: is one of its sizes fixed in your code?"
+    return None
+
+
+@exercise("08.2")
+def join(answer) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        f"encoder.layers.{i}.self_attn.{part}_proj.{kind}": torch.randn(shape, generator=generator)
+        for i in range(3)
+        for part in ("k", "v", "q", "out")
+        for kind, shape in (("weight", (6, 6)), ("bias", (6,)))
+    }
+
+    def parts(i: int, kind: str, order: str) -> list[torch.Tensor]:
+        return [state[f"encoder.layers.{i}.self_attn.{part}_proj.{kind}"] for part in order]
+
+    found = answered(answer(dict(state), 1))
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        return "the result must be a pair, (weight, bias)"
+    if not all(isinstance(tensor, torch.Tensor) for tensor in found):
+        return "both parts of the pair must be tensors"
+    weight, bias = found
+    if weight.shape == (6, 18):
+        return "the weight has shape (D, 3D); an output is a row, so it must be (3D, D)"
+    if weight.shape != (18, 6) or bias.shape != (18,):
+        return f"the shapes are {tuple(weight.shape)} and {tuple(bias.shape)}; D is 6 here: (18, 6) and (18,)"
+    if torch.equal(weight, torch.cat(parts(0, "weight", "qkv"))):
+        return "those are the weights of layer 0, whatever i is"
+    if torch.equal(weight, torch.stack(parts(1, "weight", "qkv"), 1).flatten(0, 1)):
+        return "the rows of q, k and v alternate; first come all rows of q, then all of k, then all of v"
+    for order in ("kvq", "qvk", "kqv", "vqk", "vkq"):
+        if torch.equal(weight, torch.cat(parts(1, "weight", order))):
+            return f"the order is {', '.join(order)}; it must be q, k, v"
+    if torch.equal(weight, torch.cat([w.T for w in parts(1, "weight", "qkv")])):
+        return "each matrix is transposed; both libraries keep (outputs, inputs)"
+    if not torch.equal(weight, torch.cat(parts(1, "weight", "qkv"))):
+        return "the weight is not that of q, k and v of layer i, one below the other"
+    if not torch.equal(bias, torch.cat(parts(1, "bias", "qkv"))):
+        return "the weight is right; the bias is not that of q, k and v of layer i in this order"
+    return None
+
+
+@exercise("08.3")
+def second_to_last(answer) -> str | None:
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(0)
+        tower = VisionTransformer(
+            28,
+            14,
+            embed_dim=24,
+            depth=4,
+            num_heads=2,
+            class_token=False,
+            global_pool="map",
+            num_classes=0,
+        ).double()
+        for parameter in tower.parameters():
+            torch.nn.init.normal_(parameter, 0.1, 0.3)
+        x = torch.randn(2, 3, 28, 28, dtype=torch.float64)
+        before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+        found = answered(answer(tower.eval(), x))
+        after = tower.state_dict()
+        if len(tower.blocks) != 4 or any(not torch.equal(before[n], after[n]) for n in before):
+            return "your function changed the tower; somebody else still needs it whole"
+        stages = tower.intermediates(x)
+        right = tower.norm(stages["blocks.2"])
+        mistakes = {
+            "the last norm is missing: the shorter tower ends in it too": stages["blocks.2"],
+            "those are the tokens of the whole tower": stages["norm"],
+            "that is one block too few: the second to last has index depth - 2": tower.norm(
+                stages["blocks.1"]
+            ),
+            "those are the tokens after the last block, before the norm": stages["blocks.3"],
+        }
+    if not isinstance(found, torch.Tensor) or found.shape != right.shape:
+        return f"the result must be a tensor of shape {tuple(right.shape)}: all tokens, not pooled"
+    if torch.allclose(found, right):
+        return None
+    for text, wrong in mistakes.items():
+        if torch.allclose(found, wrong):
+            return text
+    return "the result is not the last norm of what the second to last block returned"

@@ -1,0 +1,140 @@
+"""Checks of notebook 09, the sigmoid loss."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.siglip.losses import sigmoid_loss
+
+
+@exercise("09.1")
+def balanced(answer) -> str | None:
+    found = answered(answer(8, 12, 10))
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        return f"your function returns {found!r}; it must return a number"
+    right = math.log(10 / 86)
+    mistakes = {
+        -right: "the sign is wrong: there are more negatives than positives, so b is negative",
+        10 / 86: "that is the odds of a positive; b is the logarithm of that",
+        math.log(10 / 96): "push is of the pairs that are no positives: those are not all pairs",
+        math.log(
+            1 / 7
+        ): "that is for 8 pictures with one text each; here pairs are 8 · 12, positives 10",
+        math.log(10): "without the negatives there is nothing to balance",
+    }
+    for value, text in mistakes.items():
+        if math.isclose(found, value, rel_tol=1e-6):
+            return text
+    if not math.isclose(found, right, rel_tol=1e-6):
+        return f"8 pictures, 12 texts, 10 positives: you say {found:.4f}, and there pull and push differ"
+    if not math.isclose(answer(32768, 32768, 32768), -math.log(32767), rel_tol=1e-6):
+        return "right for 8, 12 and 10, but not for the batch of section 3: is a number fixed in your code?"
+    return None
+
+
+@exercise("09.2")
+def by_logits(answer) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    yes = torch.rand(4, 6, generator=generator) < 0.3  # some rows have several, some none
+    z = 2.0 * yes - 1.0
+    before = logits.clone()
+    found = answered(answer(logits, yes.clone()))
+    if not isinstance(found, torch.Tensor) or found.shape != logits.shape:
+        return "the result must be a tensor of the shape of the logits: a gradient for each"
+    if not torch.equal(logits, before):
+        return "your function changed the logits that it was given"
+    wrongly = torch.sigmoid(-z * logits)  # the probability that was given to the wrong answer
+    right = -z * wrongly / 4
+    softmax = logits.softmax(1) - yes.double()
+    mistakes = {
+        "that is of the sum over pairs; the loss is divided by the number of pictures": 4 * right,
+        "you divide by the number of pairs, the loss is divided by that of pictures": right / 6,
+        "you divide by the number of texts, the loss is divided by that of pictures": right * 4 / 6,
+        "the sign is wrong: of a pair that belongs together a step must raise the logit": -right,
+        "that treats all pairs as wrong: what does a yes change?": logits.sigmoid() / 4,
+        "that is the loss of each pair, not its derivative": -F.logsigmoid(z * logits) / 4,
+        "a softmax couples the pairs of a row; here each stands alone": softmax / 4,
+        "small must be the gradient of a pair that is right; yours is large": -z
+        * (1 - wrongly)
+        / 4,
+    }
+    if torch.allclose(found.double(), right, atol=1e-7):
+        return None
+    for text, wrong in mistakes.items():
+        if torch.allclose(found.double(), wrong, atol=1e-7):
+            return text
+    where = (found - right).abs().argmax().item()
+    row, column = divmod(where, 6)
+    return (
+        f"for a {'yes' if yes[row, column] else 'no'} with the logit {logits[row, column]:.2f} you give "
+        f"{found[row, column]:.4f} where it must be {right[row, column]:.4f} (4 pictures)"
+    )
+
+
+class _Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor made inside has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.numbers = max(self.numbers, *sizes, 0)
+        return out
+
+
+@exercise("09.3")
+def in_halves(answer) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(2, 8, 3, generator=generator, dtype=torch.float64)
+    image, text = (F.normalize(x, dim=1).requires_grad_() for x in vectors)
+    scalars = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (1.5, -1.0)]
+    learned = image, text, *scalars
+    with _Largest() as seen:
+        found = answered(answer(*learned))
+    if not isinstance(found, torch.Tensor) or found.shape != ():
+        return "the result must be the loss, a tensor of shape ()"
+    value = found.item()
+
+    def part(i: int, j: int, ids: bool = True) -> float:
+        x, y = image.chunk(2)[i], text.chunk(2)[j]
+        numbers = torch.arange(8).chunk(2)
+        given = (numbers[i], numbers[j]) if ids else ()
+        return sigmoid_loss(x, y, *scalars, *given).item()
+
+    corners = part(0, 0) + part(1, 1)
+    crossed = corners + part(0, 1) + part(1, 0)
+    without_ids = sum(part(i, j, ids=False) for i in (0, 1) for j in (0, 1))
+    mistakes = {
+        crossed: "every call divides by 4 pictures, and the whole loss by 8: twice too large",
+        crossed
+        / 4: "half of what it must be: every call divides by 4 pictures, the whole loss by 8",
+        corners
+        / 2: "the first pictures are never asked about the second texts, nor the second about the first",
+        corners: "the first pictures are never asked about the second texts, nor the second about the first",
+        without_ids
+        / 2: "without ids the first picture and the fifth text are taken to belong together",
+        without_ids: "without ids the first picture and the fifth text are taken to belong together",
+        (corners + 2 * part(0, 1)) / 2: "one pair of halves comes twice, and another never",
+        (corners + 2 * part(1, 0)) / 2: "one pair of halves comes twice, and another never",
+    }
+    right = sigmoid_loss(*learned)
+    if not math.isclose(value, right.item(), rel_tol=1e-9):
+        for wrong, reason in mistakes.items():
+            if math.isclose(value, wrong, rel_tol=1e-9):
+                return reason
+        return f"the loss of 8 pairs is {right:.6f}; you return {value:.6f}"
+    if seen.numbers >= 64:
+        return "right, but the matrix of all pairs was formed: no call may see more than half of the pictures"
+    if not found.requires_grad:
+        return "right, but no gradient can flow back from your result: keep it a tensor"
+    gradients = torch.autograd.grad(found, learned, allow_unused=True)
+    wanted = torch.autograd.grad(right, learned)
+    if any(a is None or not torch.allclose(a, b) for a, b in zip(gradients, wanted, strict=True)):
+        return "the loss is right, but its gradients are not: some part of it is cut off"
+    return None

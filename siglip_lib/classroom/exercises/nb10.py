@@ -1,0 +1,103 @@
+"""Checks of notebook 10, SigLIP trained."""
+
+import math
+
+import torch
+
+from siglip_lib.classroom.exercises import answered, exercise
+
+
+def _softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+@exercise("10.1")
+def start_loss(answer) -> str | None:
+    for batch, bias in ((512, -10.0), (64, -2.0), (1, 0.5)):
+        yes, no = _softplus(-bias), _softplus(bias)
+        right = yes + (batch - 1) * no
+        found = answered(answer(batch, bias))
+        if isinstance(found, bool) or not isinstance(found, (int, float)):
+            return f"your function returns {found!r}; it must return a number"
+        if math.isclose(found, right, rel_tol=1e-6):
+            continue
+        mistakes = {
+            yes: "the B - 1 texts that do not belong to the picture are missing",
+            yes + batch * no: "a picture has one text of its own and B - 1 others, not B",
+            no + (batch - 1) * yes: "yes and no are exchanged: yes costs -log sigmoid(b)",
+            (batch - 1) * no: "the text that does belong to the picture is missing",
+            batch * right: "that is the sum; SigLIP divides it by the number of pictures",
+            right / batch: "that is divided by B twice; divide the sum over B² pairs by B",
+            -right: "the sign is wrong: a loss is positive",
+        }
+        for value, reason in mistakes.items():
+            if math.isclose(found, value, rel_tol=1e-6):
+                return reason
+        return f"for B = {batch}, b = {bias} your loss is {found:.4g}; it must be {right:.4g}"
+    return None
+
+
+@exercise("10.2")
+def recall_at(answer) -> str | None:
+    # ranks of the right answers: 1, 2, 3, and 2 by a tie
+    similarity = torch.tensor(
+        [[0.9, 0.1, 0.3, 0.2], [0.5, 0.4, 0.1, 0.0], [0.5, 0.3, 0.2, 0.9], [0.1, 0.0, 0.2, 0.2]]
+    )
+    right = torch.tensor([0, 1, 1, 3])
+    before = similarity.clone()
+    found = [_number(answered(answer(similarity, right, k))) for k in (1, 2, 3)]
+    if None in found:
+        return "the result must be one number"
+    if not torch.equal(similarity, before):
+        return "your function changed the similarities"
+    if found == [0.5, 0.75, 1.0]:
+        return "a wrong answer that is as similar as the right one must count as being before it"
+    if found == [0.0, 0.25, 0.75]:
+        return "the right answer itself counts as being before itself"
+    if max(found) > 1:
+        return "recall is a share between 0 and 1, not a number of queries or percent"
+    if any(abs(a - b) > 1e-6 for a, b in zip(found, (0.25, 0.75, 1.0), strict=True)):
+        return f"for ranks 1, 2, 3 and 2 your recall at 1, 2 and 3 is {found}; it must be [0.25, 0.75, 1.0]"
+    for bad in (math.nan, math.inf):
+        for place in ((0, 0), (0, 2)):
+            broken = similarity.clone()
+            broken[place] = bad
+            try:
+                answer(broken, right, 1)
+            except ValueError:
+                continue
+            return f"with a similarity of {bad} it must raise a ValueError"
+    return None
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+@exercise("10.3")
+def ensemble(answer) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(4, 3, 5, generator=generator), dim=-1)
+    mean = vectors.mean(0)
+    right = mean / mean.norm(dim=-1, keepdim=True)
+    before = vectors.clone()
+    found = answered(answer(vectors))
+    if not isinstance(found, torch.Tensor):
+        return "the result must be a tensor"
+    if not torch.equal(vectors, before):
+        return "your function changed the vectors it was given"
+    if found.shape != (3, 5):
+        return f"the result has shape {tuple(found.shape)}; of (4, 3, 5) it must be (3, 5)"
+    if torch.allclose(found, right, atol=1e-6):
+        return None
+    if torch.allclose(found, mean, atol=1e-6):
+        return "a mean of unit vectors is shorter than 1: bring it to length 1 again"
+    if torch.allclose(found, mean / mean.norm(), atol=1e-6):
+        return "each class's vector must have length 1, not all of them together"
+    if torch.allclose(found, mean / mean.norm(dim=0, keepdim=True), atol=1e-6):
+        return "the length is that along D, the last axis"
+    if torch.allclose(found.norm(dim=-1), torch.ones(3), atol=1e-5):
+        return "the vectors have length 1, but another direction than the mean over the templates"
+    return "the result is not the mean over the templates, brought to length 1"

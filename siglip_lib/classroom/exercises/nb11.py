@@ -1,0 +1,141 @@
+"""Checks of notebook 11, attention maps."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.tower.vision_transformer import VisionTransformer
+
+
+def _inside(rows: int, columns: int, boxes: Tensor, size: int) -> Tensor:
+    y, x = ((torch.arange(n) + 0.5) * size / n for n in (rows, columns))
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    return ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]
+
+
+@exercise("11.1")
+def mass(answer) -> str | None:
+    maps = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    # centres stand at 3, 9, ... 21 down and at 2, 6, ... 22 across; the third box begins and ends on some
+    boxes = torch.tensor([[0, 0, 12, 7], [5, 8, 23, 24], [6, 3, 14, 21.0]])
+    inside = _inside(4, 6, boxes, 24)
+    total = maps.sum((1, 2))
+    found = answered(answer(maps.clone(), boxes.clone(), 24))
+    if not isinstance(found, Tensor) or found.shape != (3,):
+        return "the result must be a tensor of shape (B,): one share for each map"
+    right = (maps * inside).sum((1, 2)) / total
+    if torch.allclose(found.float(), right):
+        return None
+    swapped = _inside(4, 6, boxes[:, [1, 0, 3, 2]], 24)
+    with_end = _inside(4, 6, boxes + torch.tensor([0, 0, 1e-3, 1e-3]), 24)
+    mistakes = {
+        "that is the sum inside the box; divide it by the map's own sum": right * total,
+        "divide by the sum of each map, not by that of all maps": right * total / maps.sum(),
+        "that counts patches; the map's values must decide": inside.float().mean((1, 2)),
+        "that is the mean inside the box, not its share of the whole": (
+            right * total / inside.sum((1, 2))
+        ),
+        "x and y are swapped: a box is x0, y0, x1, y1, and x runs along the columns": (
+            (maps * swapped).sum((1, 2)) / total
+        ),
+        "a centre at x1 or y1 is outside": (maps * with_end).sum((1, 2)) / total,
+    }
+    for text, wrong in mistakes.items():
+        if torch.allclose(found.float(), wrong):
+            return text
+    return (
+        "the shares are wrong; is a patch inside when its centre is, in pixels and not in patches?"
+    )
+
+
+@exercise("11.2")
+def keeping(answer) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.randn(2, 3, 5, 5, generator=generator).mul(2).softmax(-1) for _ in range(3)]
+    pool = torch.randn(2, 3, 1, 5, generator=generator).softmax(-1)
+
+    def roll(blocks: list[Tensor], keep: float, heads=lambda w: w.mean(1)) -> Tensor:
+        read = heads(pool)
+        for weights in blocks:
+            read = keep * read + (1 - keep) * read @ heads(weights)
+        return read[:, 0]
+
+    given = [weights.clone() for weights in blocks]
+    found = answered(answer(given, pool.clone(), 0.8))
+    if len(given) != 3 or any(not torch.equal(a, b) for a, b in zip(given, blocks, strict=True)):
+        return "your function changed the weights that it was given"
+    if not isinstance(found, Tensor) or found.shape != (2, 5):
+        return "the result must be a tensor of shape (B, N)"
+    back = blocks[::-1]
+    if torch.allclose(found, roll(back, 0.8), atol=1e-6):
+        if not torch.allclose(answer(blocks, pool, 1.0), pool.mean(1)[:, 0], atol=1e-6):
+            return "right for keep = 0.8, but keep = 1 does not give the pooling head's own map"
+        return None
+    mistakes = {
+        "that keeps one half, whatever keep is": roll(back, 0.5),
+        "keep is the share of what a token was; you give it to what it looked at": roll(back, 0.2),
+        "begin at the last block: the pooling head reads what that one wrote": roll(blocks, 0.8),
+        "a row says where a token looks; you follow the columns": roll(
+            [weights.mT for weights in back], 0.8
+        ),
+        "take the mean over the heads": roll(back, 0.8, lambda w: w.amax(1)),
+    }
+    for text, wrong in mistakes.items():
+        if torch.allclose(found, wrong, atol=1e-6):
+            return text
+    return "the map is wrong; each block must turn r into keep * r + (1 - keep) * r @ A"
+
+
+@exercise("11.3")
+def squares(answer) -> str | None:
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(0)
+        tower = VisionTransformer(
+            (16, 24), 4, embed_dim=24, depth=1, num_heads=2, class_token=False, global_pool="map", num_classes=0
+        ).double()  # fmt: skip
+        for parameter in tower.parameters():
+            torch.nn.init.normal_(parameter, 0.1, 0.3)
+        tower.eval()
+        pixels = torch.rand(2, 3, 16, 24, dtype=torch.float64) * 2 - 1
+        text = torch.randn(2, 24, dtype=torch.float64)
+
+        def scores(ground: Tensor, figure: Tensor, score=F.cosine_similarity) -> Tensor:
+            found = torch.empty(2, 2, 3, dtype=torch.float64)
+            for row in range(2):
+                for column in range(3):
+                    some = ground.clone()
+                    part = (..., slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
+                    some[part] = figure[part]
+                    found[:, row, column] = score(tower(some), text)
+            return found
+
+        given, white = pixels.clone(), torch.ones_like(pixels)
+        found = answered(answer(tower, given, text, 8))
+        if not torch.equal(given, pixels):
+            return "your function changed the pixels that it was given"
+        if not isinstance(found, Tensor) or found.shape != (2, 2, 3):
+            return "the result must have the shape (B, rows, columns); 16 x 24 pixels have (2, 3) squares of 8"
+        found = found.double()
+        right, covered = scores(white, pixels), scores(pixels, white)
+        whole = F.cosine_similarity(tower(pixels), text)[:, None, None]
+        mistakes = {
+            "that covers the square; it must cover all but the square": covered,
+            "that is occlusion, the fall when the square is covered": whole - covered,
+            "isolation is the score itself, not how much lower than the whole it is": whole - right,
+            "cover with white, which is 1.0 on the pixels' scale; you cover with 0, a grey": scores(
+                torch.zeros_like(pixels), pixels
+            ),
+            "cover with white, which is 1.0 on the pixels' scale; you cover with -1, black": scores(
+                -white, pixels
+            ),
+            "the score is a cosine; divide by both lengths": scores(
+                white, pixels, lambda z, t: (z * t).sum(1)
+            ),
+        }
+    if torch.allclose(found, right, atol=1e-5):
+        return None
+    for problem, wrong in mistakes.items():
+        if torch.allclose(found, wrong, atol=1e-5):
+            return problem
+    return "the scores are wrong; is all white but the rows and columns of pixels of one square?"

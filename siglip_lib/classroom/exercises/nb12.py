@@ -1,0 +1,220 @@
+"""Checks of notebook 12, first kernels. They launch the reader's kernels.
+
+Every tensor is the beginning of a larger memory, so that a kernel that leaves its tensor is seen and breaks nothing.
+"""
+
+import ast
+import inspect
+import textwrap
+
+import torch
+
+from siglip_lib.classroom.exercises import Unanswered, exercise
+from siglip_lib.classroom.machine import pick_device
+
+_MEMORY = 4096  # numbers behind each pointer
+_GUARD = 7.0  # what stands there beyond the tensor
+
+
+@exercise("12.1")
+def average_kernel(answer) -> str | None:
+    problem = _not_a_kernel(answer)
+    if problem:
+        return problem
+    for decay, size in ((0.75, 1000), (0.5, 77)):
+        problem = _wrong_average(answer, decay, size)
+        if problem:
+            return problem
+    return None
+
+
+def _wrong_average(kernel, decay: float, size: int) -> str | None:
+    generator = torch.Generator().manual_seed(size)
+    before, weight = torch.randn(2, size, generator=generator)
+    average_memory, weight_memory = _memory(before), _memory(weight)
+    kernel[(-(-size // 128),)](average_memory, weight_memory, size, decay, BLOCK=128)
+    found, beyond = average_memory.cpu()[:size], average_memory.cpu()[size:]
+    right = decay * before + (1 - decay) * weight
+    if not torch.equal(weight_memory.cpu()[:size], weight):
+        return "the weights changed; store where average_ptr points"
+    if torch.equal(found, before) and (beyond == _GUARD).all():
+        return "no average changed; store the result where average_ptr points"
+    if not (beyond == _GUARD).all():
+        return "numbers beyond the end were overwritten: mask the store with place < size"
+    mistakes = {
+        "decay belongs to the old average, 1 - decay to the weight": decay * weight
+        + (1 - decay) * before,
+        "the old average must be multiplied by decay": before + (1 - decay) * weight,
+        "the weight must be multiplied by 1 - decay": decay * before + weight,
+        "the old average is missing": (1 - decay) * weight,
+        "the weight is missing": decay * before,
+        "decay is fixed in your code at another number": 0.75 * before + 0.25 * weight,
+    }
+    if _same(found, right):
+        return None
+    for reason, wrong in mistakes.items():
+        if _same(found, wrong):
+            return reason
+    changed = found != before
+    if changed[:128].any() and not changed[128:].any() and size > 128:
+        return "only the first block changed; where is tl.program_id(0)?"
+    if _same(found[changed], right[changed]):
+        return f"{int((~changed).sum())} of {size} averages did not change: does every place belong to one program?"
+    place = int((found - right).abs().nan_to_num(torch.inf).argmax())
+    return f"average {before[place]:.3f}, weight {weight[place]:.3f}, decay {decay}: {found[place]:.3f} is wrong"
+
+
+@exercise("12.2")
+def row_mean_kernel(answer) -> str | None:
+    problem = _not_a_kernel(answer)
+    if problem:
+        return problem
+    for rows, columns in ((5, 100), (3, 128)):
+        generator = torch.Generator().manual_seed(rows)
+        x = torch.randn(rows, columns, generator=generator) + 1
+        memory = _memory(x)
+        out = torch.full((_MEMORY,), torch.nan, device=memory.device)
+        answer[(rows,)](memory, out, columns, BLOCK=128)
+        found, flat = out.cpu(), memory.cpu()
+        if not torch.equal(flat[: x.numel()], x.flatten()):
+            return "the matrix changed; store the means where out_ptr points"
+        if not found[rows:].isnan().all():
+            return f"there are {rows} means, and more numbers were stored"
+        problem = _wrong_means(found[:rows], x, flat)
+        if problem:
+            return problem
+    return None
+
+
+def _wrong_means(found: torch.Tensor, x: torch.Tensor, flat: torch.Tensor) -> str | None:
+    rows, columns = x.shape
+    unmasked = torch.stack([flat[row * columns :][:128] for row in range(rows)])
+    strided = torch.stack([flat[row * 128 :][:columns] for row in range(rows)])
+    mistakes = {
+        "that is the sum; divide it by the number of columns": x.sum(1),
+        "divide by columns, not by BLOCK: masked places are no columns": x.sum(1) / 128,
+        "places beyond the row were added: mask the load, with other=0.0": unmasked.sum(1)
+        / columns,
+        "places beyond the row were added, and counted: mask the load": unmasked.mean(1),
+        "row r begins at r * columns, not at r * BLOCK": strided.mean(1),
+        "every program read row 0; where is tl.program_id(0)?": x[:1].mean(1).expand(rows),
+    }
+    right = x.mean(1)
+    if _same(found, right):
+        return None
+    if found.isnan().all():
+        return "no mean was stored (or each is nan)"
+    if found[1:].isnan().all():
+        return "only out[0] was stored: program r writes to out_ptr + r"
+    for reason, wrong in mistakes.items():
+        if _same(found, wrong):
+            return reason
+    row = int((found - right).abs().nan_to_num(torch.inf).argmax())
+    return (
+        f"row {row} of {columns} columns has the mean {right[row]:.4f}; yours is {found[row]:.4f}"
+    )
+
+
+@exercise("12.3")
+def softmax_kernel(answer) -> str | None:
+    problem = _not_a_kernel(answer)
+    if problem:
+        return problem
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 100, generator=generator)
+    found, out, flat = _launch_softmax(answer, x)
+    if found.isnan().all():
+        return "nothing was stored, or all of it is nan"
+    strided = torch.stack([out[row * 128 :][:100] for row in range(5)])
+    if out[100:128].isnan().all() and not strided.isnan().any():
+        return "row r begins at r * columns, not at r * BLOCK"
+    if not out[x.numel() :].isnan().all():
+        return "numbers beyond the end were overwritten: mask the store with column < columns"
+    if not _same(found, x.softmax(1)):
+        return _wrong_softmax(found, x, flat)
+    for shift, reason in (
+        (300.0, "right for small scores; large ones overflow: take the row's maximum off first"),
+        (-300.0, "wrong for a row of negative scores: no masked place may be the maximum"),
+    ):
+        found, *_ = _launch_softmax(answer, x + shift)
+        if not _same(found, (x + shift).softmax(1)):
+            return reason
+    wide = torch.randn(3, 128, generator=generator)
+    if not _same(_launch_softmax(answer, wide)[0], wide.softmax(1)):
+        return "right for 100 columns in a block of 128, wrong for 128"
+    low = x.bfloat16()
+    reason = "right in float32, wrong in bfloat16: cast to float32 right after the load"
+    try:
+        found, *_ = _launch_softmax(answer, low)
+    except Exception as error:
+        return f"{reason} ({type(error).__name__})"
+    if not torch.allclose(found.float(), low.float().softmax(1), rtol=1e-2, atol=1e-4):
+        return reason
+    return None
+
+
+def _launch_softmax(kernel, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the result (rows, columns), the whole memory that it stands in, and that of x."""
+    memory = _memory(x)
+    out = torch.full_like(memory, torch.nan)
+    kernel[(len(x),)](memory, out, x.shape[1], BLOCK=128)
+    out = out.cpu()
+    return out[: x.numel()].reshape(x.shape), out, memory.cpu()
+
+
+def _wrong_softmax(found: torch.Tensor, x: torch.Tensor, flat: torch.Tensor) -> str:
+    rows, columns = x.shape
+    unmasked = torch.stack([flat[row * columns :][:128] for row in range(rows)])
+    most = x.amax(1, keepdim=True)
+    e = (x - most).exp()
+    zeros = (-most.clamp(min=0)).exp() * (128 - columns)  # what masked zeros add to a sum
+    mistakes = {
+        "divide by the sum of the row, or its numbers do not add up to 1": e,
+        "divide by the sum of the row: that is exp alone": x.exp(),
+        "that is the logarithm of the softmax": x.log_softmax(1),
+        "masked places count in the sum, as exp(0): let them hold minus infinity": e
+        / (e.sum(1, keepdim=True) + zeros),
+        "places beyond the row count in the sum: mask the load": unmasked.softmax(1)[:, :columns],
+        "every program worked on row 0": x[:1].softmax(1).expand(rows, -1),
+    }
+    for reason, wrong in mistakes.items():
+        if _same(found, wrong):
+            return reason
+    if found[1:].isnan().all() and _same(found[0], x[0].softmax(0)):
+        return "only row 0 was stored; where is tl.program_id(0)?"
+    if found.isnan().any():
+        return f"{int(found.isnan().sum())} of {x.numel()} numbers are nan or were not stored"
+    sums = found.sum(1)
+    if not _same(sums, torch.ones(rows)):
+        return f"the rows must add up to 1; they add up to {sums.min():.3f} to {sums.max():.3f}"
+    return "the rows add up to 1, but the numbers are no softmax of the rows"
+
+
+def _not_a_kernel(answer) -> str | None:
+    """What keeps an answer from being launched; raises Unanswered for an untouched one."""
+    if not hasattr(answer, "fn") or not hasattr(answer, "run"):
+        return "that is no kernel: the line above def must be @triton.jit"
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(answer.fn)))
+    except (OSError, TypeError):
+        return None
+    rest = [
+        node
+        for node in tree.body[0].body
+        if not isinstance(node, ast.Pass)
+        and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    ]
+    if not rest:
+        raise Unanswered
+    return None
+
+
+def _memory(values: torch.Tensor) -> torch.Tensor:
+    """A memory (_MEMORY,) that begins with ``values``."""
+    memory = torch.full((_MEMORY,), _GUARD, dtype=values.dtype)
+    memory[: values.numel()] = values.flatten()
+    return memory.to(pick_device())
+
+
+def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)

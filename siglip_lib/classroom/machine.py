@@ -1,0 +1,153 @@
+"""What the notebooks need to know of the machine: a device, a report, time and memory of a call."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+def pick_device() -> torch.device:
+    """Return the current CUDA device if there is one, else the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def device_report(device: torch.device | str) -> str:
+    """Return a line on the device and one on the versions that matter, as text."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        name = f"{found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
+    else:
+        name = (
+            f"CPU ({platform.machine()}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        )
+    packages = [
+        f"{package} {package_version(package) or 'absent'}"
+        for package in ("flash-attn", "xformers", "triton")
+    ]
+    torch_line = f"torch {torch.__version__}"
+    if device.type == "cuda":
+        torch_line += f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    return f"device: {name}\nversions: {torch_line}, {', '.join(packages)}"
+
+
+def package_version(package: str) -> str | None:
+    """Return the installed version of a package, or None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one call in milliseconds, and the memory it needed beyond what was held before, in bytes."""
+
+    median_ms: float
+    fastest_ms: float
+    slowest_ms: float
+    peak_bytes: int | None  # None on a CPU, where torch does not count
+
+
+def measure(
+    fn: Callable[[], object],
+    device: torch.device | str,
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    graph: bool = False,
+) -> Timing:
+    """Time ``fn()``: CUDA events on a GPU, the wall clock on a CPU.
+
+    Args:
+        fn: a function without arguments. What it returns is dropped.
+        device: where its work runs.
+        repeats: timed calls; the median, the fastest and the slowest are returned.
+        warmup: calls before them, for compilation, caches and the allocator.
+        graph: replay ``fn`` as a CUDA graph, which leaves out the time that Python needs to launch its kernels.
+
+    Raises:
+        ValueError: a graph is asked for on a CPU, or a count is out of range.
+    """
+    device = torch.device(device)
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats={repeats} must be at least 1, warmup={warmup} at least 0")
+    if device.type != "cuda":
+        if graph:
+            raise ValueError("graph=True needs a CUDA device")
+        return _measure_on_cpu(fn, repeats, warmup)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        fn()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - held
+        run = _captured(fn, warmup) if graph else fn
+        for _ in range(warmup):
+            run()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * repeats)]
+        for i in range(repeats):
+            marks[2 * i].record()
+            run()
+            marks[2 * i + 1].record()
+        torch.cuda.synchronize()
+        times = [marks[2 * i].elapsed_time(marks[2 * i + 1]) for i in range(repeats)]
+    return Timing(statistics.median(times), min(times), max(times), peak)
+
+
+def kernel_times(fn: Callable[[], object], device: torch.device | str) -> dict[str, float]:
+    """Return where the time of one ``fn()`` goes: milliseconds by kernel on a GPU, by operator on a CPU, longest first.
+
+    Call ``fn`` before, so that compilation and caches are not in it.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells stderr of each start and stop
+    on_gpu = torch.device(device).type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        fn()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    found = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+        for event in profiler.key_averages()
+        if event.device_type == kind
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _measure_on_cpu(fn: Callable[[], object], repeats: int, warmup: int) -> Timing:
+    for _ in range(warmup):
+        fn()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        fn()
+        times.append((time.perf_counter() - start) * 1e3)
+    return Timing(statistics.median(times), min(times), max(times), None)
+
+
+def _captured(fn: Callable[[], object], warmup: int) -> Callable[[], None]:
+    """Record ``fn`` as a CUDA graph and return its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(max(warmup, 1)):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph.replay

@@ -1,0 +1,301 @@
+"""emoji64: pictures of 861 things, each drawn by up to seven designers, with names and keywords.
+
+The data lie beside this file; ``CREDITS.md`` says who drew what, and under which licence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siglip_lib.base.checks import count, positive_int
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FOLDER = Path(__file__).parent
+SIZE = 64
+# what the json file says of each concept
+FIELDS = {"emoji": str, "name": str, "group": str, "keywords": list}
+
+# The two's pictures of a concept differ by 5 % of the range in the median, those of any other two by 14 % or more.
+SAME_DESIGN = ("fluent-emoji", "fluent-emoji-flat")
+
+TEMPLATES = (
+    "{}",
+    "a picture of {}",
+    "a picture of a {}",
+    "a drawing of {}",
+    "a small picture of the {}",
+    "an emoji of {}",
+    "the {} emoji",
+    "an icon of {}",
+    "this is {}",
+)
+# the name stands first; without it a caption would be true of other concepts, too
+KEYWORD_TEMPLATES = (
+    "{}, {}",
+    "a picture of {}, {}",
+    "an emoji of {}, {}",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Emoji64:
+    """Pictures and what they show; a picture's ``concept`` and ``vendor`` are places in the lists."""
+
+    pictures: Tensor  # (N, 4, 64, 64) uint8, RGBA; colour is not multiplied by alpha, and 0 where alpha is 0
+    concept: Tensor  # (N,) int64
+    vendor: Tensor  # (N,) int64
+    names: list[str]  # by concept, all different
+    groups: list[str]  # by concept
+    keywords: list[list[str]]  # by concept
+    symbols: list[str]  # by concept: the emoji as text
+    vendors: list[str]  # the designers
+
+    def picture(
+        self, index: int, size: int = SIZE, background: tuple[int, int, int] = (255, 255, 255)
+    ) -> Image:
+        """Return picture ``index``, RGB, ``size`` by ``size`` pixels, on a background of three numbers in 0..255.
+
+        Raises:
+            TypeError: index or size is no int.
+            ValueError: index, size or background is out of range.
+        """
+        from PIL import Image
+
+        index, size = count("index", index), positive_int("size", size)
+        if index >= len(self.pictures):
+            raise ValueError(f"index={index} must be below {len(self.pictures)}")
+        if len(background) != 3 or not all(0 <= value <= 255 for value in background):
+            raise ValueError(f"background={background!r} must be three numbers in 0..255")
+        drawn = Image.fromarray(self.pictures[index].permute(1, 2, 0).numpy())
+        if size != SIZE:
+            drawn = drawn.resize((size, size), Image.Resampling.BICUBIC)
+        ground = Image.new("RGBA", drawn.size, (*background, 255))
+        return Image.alpha_composite(ground, drawn).convert("RGB")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Three sets of pictures that share none: ascending places in ``Emoji64.pictures``, int64."""
+
+    train: Tensor  # other designers, concepts to train on
+    seen: Tensor  # held-out designers, concepts that ``train`` has
+    unseen: Tensor  # held-out designers, concepts that no picture of ``train`` shows
+
+
+def load_emoji64() -> Emoji64:
+    """Read the pictures, their names and their keywords; 83 MB in memory.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is broken or not what it should be.
+    """
+    for name in ("emoji64.npz", "emoji64.json"):
+        if not (FOLDER / name).is_file():
+            raise FileNotFoundError(f"{FOLDER / name} is missing; install the package again")
+    try:
+        with np.load(FOLDER / "emoji64.npz") as arrays:
+            # each access decompresses the whole array, so once each
+            images, concept, vendor = (arrays[key] for key in ("images", "concept", "vendor"))
+        table = json.loads((FOLDER / "emoji64.json").read_text(encoding="utf-8"))
+        vendors, concepts = table["vendors"], table["concepts"]
+        entries = [{field: entry[field] for field in FIELDS} for entry in concepts]
+    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"emoji64 in {FOLDER} can't be read ({why})") from error
+    _check(images, concept, vendor, vendors, entries)
+    return Emoji64(
+        pictures=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        concept=torch.from_numpy(concept.astype(np.int64)),
+        vendor=torch.from_numpy(vendor.astype(np.int64)),
+        names=[entry["name"] for entry in entries],
+        groups=[entry["group"] for entry in entries],
+        keywords=[entry["keywords"] for entry in entries],
+        symbols=[entry["emoji"] for entry in entries],
+        vendors=vendors,
+    )
+
+
+def split(
+    emoji: Emoji64, vendors: Sequence[str] = ("twemoji",), unseen: int = 86, seed: int = 0
+) -> Split:
+    """Hold out designers and concepts.
+
+    Unseen concepts are spread over the groups in proportion. Which ones depends on their names and the seed alone: the
+    same on every machine and with every version. The other designers' pictures of them are in no set, nor is a
+    held-out designer's picture of a concept that nobody else drew.
+
+    Args:
+        emoji: what ``load_emoji64`` returns.
+        vendors: the designers to hold out. "fluent-emoji" and "fluent-emoji-flat" are the same designs, shaded and
+            flat, so only both together. "noto" is the successor of "noto-v1" and redrew almost all: 3 % of the pictures
+            that both have are as near as the two Fluent sets' are.
+        unseen: how many concepts to hold out.
+        seed: another seed, other unseen concepts.
+
+    Raises:
+        TypeError: vendors is a str, unseen or seed no int.
+        ValueError: a designer is unknown or named twice, one of the Fluent sets comes without the other, or nothing is
+            left to train on.
+    """
+    if isinstance(vendors, str):
+        raise TypeError(f"vendors={vendors!r} must be a sequence of names, such as ({vendors!r},)")
+    vendors = tuple(vendors)
+    for name in vendors:
+        if name not in emoji.vendors:
+            raise ValueError(
+                f"vendors: {name!r} is unknown; allowed are {', '.join(emoji.vendors)}"
+            )
+    if not 0 < len(vendors) < len(emoji.vendors) or len(set(vendors)) < len(vendors):
+        raise ValueError(f"vendors={vendors!r} must be different names, at least one and not all")
+    both = [name in vendors for name in SAME_DESIGN]
+    if any(both) and not all(both):
+        raise ValueError(
+            f"vendors={vendors!r} must name both of {' and '.join(SAME_DESIGN)} or neither: they are the same designs, "
+            "so training on one would show the pictures of the other"
+        )
+    unseen, seed = count("unseen", unseen), count("seed", seed)
+    if unseen >= len(emoji.names):
+        raise ValueError(f"unseen={unseen} must be below {len(emoji.names)}, else none is left")
+
+    held = torch.isin(emoji.vendor, torch.tensor([emoji.vendors.index(name) for name in vendors]))
+    new = _among(emoji, _unseen_concepts(emoji, unseen, seed))
+    train = ~held & ~new
+    if not train.any():
+        raise ValueError(
+            f"vendors={vendors!r} and unseen={unseen} leave nothing to train on; hold out fewer of either"
+        )
+    seen = held & _among(emoji, emoji.concept[train])
+    return Split(*(mask.nonzero().squeeze(1) for mask in (train, seen, held & new)))
+
+
+def captions(name: str, keywords: Sequence[str]) -> list[str]:
+    """Return all captions of one concept: its name in each of ``TEMPLATES``, then followed by one or two keywords.
+
+    The first ``len(TEMPLATES)`` are those without keywords. A keyword never stands alone: "animal" is true of a hundred
+    concepts, and the loss takes all of a batch but one for its negatives. Keywords that add no word to the name, or
+    come twice, are left out. The order is always the same.
+
+    Raises:
+        TypeError: keywords is a str.
+    """
+    if isinstance(keywords, str):
+        raise TypeError(f"keywords={keywords!r} must be a sequence of keywords, not a str")
+    told: dict[str, str] = {}  # "e-mail" and "email" are one
+    for keyword in keywords:
+        words = _words(keyword)
+        if not set(words) <= set(_words(name)):
+            told.setdefault("".join(words), keyword)
+    pairs = [", ".join(two) for two in itertools.combinations(told.values(), 2)]
+    return [template.format(name) for template in TEMPLATES] + [
+        template.format(name, words)
+        for words in (*told.values(), *pairs)
+        for template in KEYWORD_TEMPLATES
+    ]
+
+
+def unique_batches(
+    concept: Tensor, batch: int, generator: torch.Generator, steps: int | None = None
+) -> Tensor:
+    """Draw the batches of a training, none of which shows a concept twice.
+
+    Two pictures of one concept in a batch would each be a wrong negative of the other's caption. Each batch draws its
+    concepts without replacement, then one picture of each at random: all concepts are equally frequent, whatever their
+    number of pictures.
+
+    Args:
+        concept: (n,) integers on the CPU, the concept of each picture to draw from.
+        batch: pictures in a batch, at most the number of different concepts.
+        generator: of the CPU. The same state, the same batches.
+        steps: number of batches; None for as many as it takes to draw n pictures.
+
+    Returns:
+        (steps, batch) int64, places in ``concept``. For a part of the pictures, as in
+        ``unique_batches(emoji.concept[train], ...)``, ``train[places]`` are the pictures.
+
+    Raises:
+        TypeError: batch or steps is no int.
+        ValueError: another shape or device, or a batch larger than the number of concepts.
+    """
+    if concept.ndim != 1 or concept.is_floating_point() or concept.device.type != "cpu":
+        found = f"{concept.dtype} {tuple(concept.shape)} on {concept.device}"
+        raise ValueError(f"concept is {found}; it must be (n,) integers on the CPU")
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator is on {generator.device}; it must be the CPU's")
+    order = concept.argsort(stable=True)  # pictures of one concept side by side
+    sizes = concept.unique(return_counts=True)[1]
+    batch = positive_int("batch", batch)
+    if batch > len(sizes):
+        raise ValueError(f"batch={batch} must be at most {len(sizes)}, the number of concepts")
+    steps = math.ceil(len(concept) / batch) if steps is None else positive_int("steps", steps)
+
+    # the places of the smallest of random numbers are a draw without replacement
+    chosen = torch.rand(steps, len(sizes), generator=generator).argsort(dim=1, stable=True)[
+        :, :batch
+    ]
+    uniform = torch.rand(steps, batch, generator=generator, dtype=torch.float64)
+    which = (uniform * sizes[chosen]).long()
+    return order[(sizes.cumsum(0) - sizes)[chosen] + which]
+
+
+def _check(
+    images: np.ndarray, concept: np.ndarray, vendor: np.ndarray, vendors: list, entries: list[dict]
+) -> None:
+    """Refuse arrays and tables that don't fit each other."""
+    wrong = []
+    number = len(images) if images.ndim else 0
+    if images.dtype != np.uint8 or images.shape != (number, SIZE, SIZE, 4) or not number:
+        wrong.append(f"images are {images.dtype} {images.shape}, not uint8 (N, {SIZE}, {SIZE}, 4)")
+    for name, ids, most in (("concept", concept, len(entries)), ("vendor", vendor, len(vendors))):
+        if ids.dtype.kind not in "iu" or ids.shape != (number,):
+            wrong.append(f"{name} is {ids.dtype} {ids.shape}, not integers ({number},)")
+        elif number and not 0 <= ids.min() <= ids.max() < most:
+            wrong.append(f"{name} runs from {ids.min()} to {ids.max()}, not within 0..{most - 1}")
+    if any(not isinstance(entry[field], FIELDS[field]) for entry in entries for field in FIELDS):
+        wrong.append(f"a concept's {', '.join(FIELDS)} are not of the right type")
+    elif len({entry["name"] for entry in entries}) < len(entries):
+        wrong.append("two concepts have the same name")
+    if wrong:
+        raise ValueError(f"emoji64 in {FOLDER} is not as expected: {'; '.join(wrong)}")
+
+
+def _unseen_concepts(emoji: Emoji64, number: int, seed: int) -> Tensor:
+    """Return ``number`` concepts, each group's share of them in proportion to its size."""
+    members: dict[str, list[int]] = {}
+    for concept, group in enumerate(emoji.groups):
+        members.setdefault(group, []).append(concept)
+    exact = {group: number * len(found) / len(emoji.names) for group, found in members.items()}
+    shares = {group: math.floor(share) for group, share in exact.items()}
+    # what rounding down left over goes to the largest remainders
+    by_remainder = sorted(exact, key=lambda group: (shares[group] - exact[group], group))
+    for group in by_remainder[: number - sum(shares.values())]:
+        shares[group] += 1
+
+    def shuffled(concept: int) -> bytes:
+        return hashlib.sha256(f"{seed} {emoji.names[concept]}".encode()).digest()
+
+    drawn = [sorted(found, key=shuffled)[: shares[group]] for group, found in members.items()]
+    return torch.tensor(sorted(itertools.chain(*drawn)), dtype=torch.int64)
+
+
+def _among(emoji: Emoji64, concepts: Tensor) -> Tensor:
+    """Return for each picture whether its concept is one of ``concepts``."""
+    return torch.isin(emoji.concept, concepts)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())

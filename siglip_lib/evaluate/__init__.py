@@ -1,0 +1,29 @@
+"""What a trained SigLIP can do, and where its image tower looks."""
+
+from siglip_lib.evaluate.explain import (
+    gradient_attention,
+    gradient_tokens,
+    isolation,
+    occlusion,
+    pool_attention,
+    rollout,
+)
+from siglip_lib.evaluate.pointing_game import Scenes, chance, make_scenes, pointing
+from siglip_lib.evaluate.retrieval import Share, ranks, recall, zero_shot
+
+__all__ = [
+    "Scenes",
+    "Share",
+    "chance",
+    "gradient_attention",
+    "gradient_tokens",
+    "isolation",
+    "make_scenes",
+    "occlusion",
+    "pointing",
+    "pool_attention",
+    "ranks",
+    "recall",
+    "rollout",
+    "zero_shot",
+]

@@ -1,0 +1,312 @@
+"""A SigLIP's folder on disk, which transformers reads too."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from siglip_lib.base.checks import finite_tensors, listed
+from siglip_lib.siglip.model import SigLIP, SigLIPConfig, check_tokenizer
+from siglip_lib.siglip.text import Tokenizer
+from siglip_lib.storage.fitting import check_finite, check_fit, check_plain, fill
+from siglip_lib.storage.names import (
+    IMAGE_TOWER,
+    TEXT_TOWER,
+    under_transformers_names,
+    unwrapped,
+    whole_state,
+    without_wrappers,
+)
+from siglip_lib.storage.reading import Files, Get, choose_weights, find_in, read_weights
+from siglip_lib.storage.writing import write_tensors
+
+_CONFIG, _WEIGHTS, _PIECES = "config.json", "model.safetensors", "spiece.model"
+
+
+# Where transformers' config.json keeps each of our sizes, and what it means by leaving one out.
+_SIZES = {
+    "image_size": ("vision_config", "image_size", 224),
+    "patch_size": ("vision_config", "patch_size", 16),
+    "width": ("vision_config", "hidden_size", 768),
+    "layers": ("vision_config", "num_hidden_layers", 12),
+    "heads": ("vision_config", "num_attention_heads", 12),
+    "mlp_hidden": ("vision_config", "intermediate_size", 3072),
+    "text_width": ("text_config", "hidden_size", 768),
+    "text_layers": ("text_config", "num_hidden_layers", 12),
+    "text_heads": ("text_config", "num_attention_heads", 12),
+    "text_mlp_hidden": ("text_config", "intermediate_size", 3072),
+    "vocab_size": ("text_config", "vocab_size", 32_000),
+    "context_length": ("text_config", "max_position_embeddings", 64),
+}
+
+
+# What is settled here and a choice there.
+_SETTLED = {
+    "vision_config": {
+        "num_channels": 3,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+        "attention_dropout": 0.0,
+        "vision_use_head": True,
+    },
+    "text_config": {
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+        "attention_dropout": 0.0,
+    },
+}
+
+
+# What changes no output of the towers: how weights are drawn and loaded, the tokenizer's numbers, what a call returns,
+# and settings of other tasks, which transformers 4.x writes into every file.
+_HARMLESS = frozenset(
+    """
+    architectures attn_implementation auto_map chunk_size_feed_forward dtype initializer_factor initializer_range
+    model_type name_or_path text_config torch_dtype transformers_version vision_config
+    bos_token_id eos_token_id pad_token_id tokenizer_class
+    output_attentions output_hidden_states return_dict use_cache
+    id2label label2id num_labels problem_type tie_word_embeddings
+    length_penalty max_length num_beam_groups num_beams num_return_sequences repetition_penalty temperature top_k top_p
+    typical_p
+    """.split()  # noqa: SIM905
+)
+
+
+# Our towers, theirs, and the names within.
+_TOWERS = (("image.", "vision_model.", IMAGE_TOWER), ("text.", "text_model.", TEXT_TOWER))
+
+
+def save_siglip(
+    model: SigLIP, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write a folder that ``load_siglip`` and transformers' ``SiglipModel`` and ``SiglipTokenizer`` read.
+
+    It holds ``config.json``, ``model.safetensors`` and ``spiece.model``, and appears whole or not at all. A folder
+    that was written before is replaced.
+
+    Args:
+        model: both towers; compiled and wrapped they may be, but not sharded.
+        tokenizer: the one that the text tower was trained with.
+        folder: where to; nothing, an empty folder, or one that this function wrote.
+        dtype: of the stored weights: float32, float16 or bfloat16; None for the model's own. Log-temperature and
+            bias are never below float32.
+
+    Raises:
+        FileExistsError: ``folder`` is a file, or holds something else.
+        ValueError: the dtype is another, the tokenizer does not fit the model, a part of the model was exchanged, the
+            model is sharded, or a weight is not finite in ``dtype``; nothing was written.
+        OSError: a file cannot be written; what was there before is as it was.
+    """
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype={dtype} is not allowed; float32, float16, bfloat16 and None are")
+    model = unwrapped(model)
+    check_tokenizer(tokenizer, model.config)
+    folder = Path(folder).resolve()
+    check_replaceable(_aside(folder))
+    _put_back(folder)
+    check_replaceable(folder)
+    state = {name: torch.cat(views) for name, views in _stored(whole_state(model)).items()}
+    with torch.device("meta"):
+        whole = SigLIP(model.config)
+        check_fit(state, _stored(whole.state_dict()), "model is not as its config")
+    grid, wanted = model.image.patch_embed.grid_size, whole.image.patch_embed.grid_size
+    if grid != wanted:
+        raise ValueError(
+            f"model is not as its config. The image tower's grid is {grid}, not {wanted}"
+        )
+    for name, tensor in state.items():
+        state[name] = tensor.to(dtype or tensor.dtype)
+        if name.startswith("logit_"):  # one number each, and every logit hangs on it
+            state[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    finite_tensors(f"weights in {dtype or 'the model'} have", state)
+    _write(folder, model.config, state, tokenizer)
+
+
+def load_siglip(source: str | Path) -> tuple[SigLIP, Tokenizer]:
+    """Build the SigLIP that a folder holds, in float32, with its tokenizer.
+
+    Args:
+        source: a folder written by ``save_siglip`` or by transformers (``SiglipModel``, sharded or not, with
+            ``SiglipTokenizer``), or ``hf-hub:owner/name`` for a repository of the Hugging Face hub, such as Google's.
+            Only the latter uses the network.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file is missing in it.
+        NotADirectoryError: ``source`` is a file.
+        PermissionError: a file or the folder cannot be read.
+        ValueError: a file is malformed, ``config.json`` asks for what this code does not have, or a tensor is missing,
+            unexpected, of the wrong shape or not finite; the message lists them.
+        OSError: the hub cannot be reached; the message says what to download.
+    """
+
+    def choose(get: Get) -> tuple[Path, Path, Files]:
+        found = {_CONFIG: get(_CONFIG), _PIECES: get(_PIECES), _WEIGHTS: choose_weights(get)}
+        if lost := [name for name, file in found.items() if not file]:
+            raise FileNotFoundError(f"{str(source)!r} holds no {listed(lost)}")
+        return tuple(found.values())
+
+    if not str(source).startswith("hf-hub:"):
+        aside = _aside(Path(source).resolve())
+        source = aside if aside.is_dir() and not Path(source).exists() else source
+    config_file, pieces, files = find_in(str(source), choose, f"{_CONFIG}, {_PIECES} and ")
+    config = _read_config(config_file)
+    tokenizer = Tokenizer(pieces, config.context_length)
+    check_tokenizer(tokenizer, config)
+    found, where = read_weights(files)
+    found = without_wrappers(found, where)
+    check_plain(found, where)
+    model = _without_memory(config, len(found))
+    check_fit(found, _stored(model.state_dict()), f"{where} does not fit {_CONFIG} beside it")
+    check_finite(found, _stored(model.state_dict()), where)
+    model.to_empty(device=torch.get_default_device())
+    fill(_stored(model.state_dict()), found)
+    return model, tokenizer
+
+
+def _without_memory(config: SigLIPConfig, tensors: int) -> SigLIP:
+    """A model on the meta device: weights that will be overwritten need not be drawn."""
+    # a layer has several tensors; what a wrong file asks for could take hours to build
+    if config.layers + config.text_layers > tensors:
+        raise ValueError(
+            f"{_CONFIG} asks for {config.layers} + {config.text_layers} layers, and there are {tensors} tensors in all"
+        )
+    try:
+        with torch.device("meta"):
+            return SigLIP(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # numbers beyond 64 bits
+        raise ValueError(f"{_CONFIG} asks for tensors beyond any memory") from error
+
+
+def _stored(state: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Views of the weights by the names of transformers' SiglipModel."""
+    found = {k: [v.view(1)] for k, v in state.items() if k in ("logit_scale", "logit_bias")}
+    for ours, theirs, names in _TOWERS:
+        tower = {k.removeprefix(ours): v for k, v in state.items() if k.startswith(ours)}
+        views = under_transformers_names(tower, names)
+        found |= {theirs + name: view for name, view in views.items()}
+    return found
+
+
+def _config_json(config: SigLIPConfig) -> str:
+    sections = {section: dict(settled) for section, settled in _SETTLED.items()}
+    for field, (section, name, _) in _SIZES.items():
+        sections[section][name] = getattr(config, field)
+    sections["vision_config"]["model_type"] = "siglip_vision_model"
+    sections["text_config"] |= {
+        "model_type": "siglip_text_model",
+        "projection_size": config.width,
+        "pad_token_id": 1,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    # the dtype in which to load, whatever is stored
+    whole = {"architectures": ["SiglipModel"], "model_type": "siglip", "dtype": "float32"}
+    return json.dumps(whole | sections, indent=2) + "\n"
+
+
+def _read_config(path: Path) -> SigLIPConfig:
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        sections = {section: whole.get(section) or {} for section in _SETTLED}
+        kind = whole.get("model_type")
+        values = {
+            field: sections[section].get(name, default)
+            for field, (section, name, default) in _SIZES.items()
+        }
+        differs = [
+            f"{section}.{name} is {found!r}, not {settled!r}"
+            for section, names in _SETTLED.items()
+            for name, settled in names.items()
+            if (found := sections[section].get(name, settled)) != settled
+        ]
+        differs += [
+            f"{section}.{name} is {value!r}, which is unknown".removeprefix(".")
+            for section, names in {"": whole, **sections}.items()
+            for name, value in names.items()
+            if value and name not in _known(section) and not name.startswith("_")
+        ]
+        # what the text tower gives, by default its own width
+        projection = sections["text_config"].get("projection_size") or values["text_width"]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no configuration of a model: {error!r}") from error
+    if kind != "siglip":
+        differs = [f"model_type is {kind!r}, not 'siglip'"]
+    elif projection != values["width"]:
+        differs.append(
+            f"text_config.projection_size is {projection!r}, not the image tower's {values['width']!r}"
+        )
+    if differs:
+        raise ValueError(f"{path.name} asks for what is not here: {'; '.join(differs)}")
+    try:
+        return SigLIPConfig(**values)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _known(section: str) -> set[str]:
+    """The settings of a section that are used, settled, or harmless."""
+    sizes = {name for part, name, _ in _SIZES.values() if part == section}
+    return _HARMLESS | sizes | _SETTLED.get(section, {}).keys() | {"projection_size"}
+
+
+def _aside(folder: Path) -> Path:
+    """Where the old folder is for the moment in which the new one takes its place."""
+    return folder.parent / f".{folder.name}.old"
+
+
+def _put_back(folder: Path) -> None:
+    """Give the old folder its name again, if a save was stopped before the new one took it."""
+    if _aside(folder).exists() and not folder.exists():
+        os.rename(_aside(folder), folder)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder that holds anything but a SigLIP."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"folder={str(folder)!r} is a file")
+    names = {path.name for path in folder.iterdir()}
+    if names and names != {_CONFIG, _WEIGHTS, _PIECES}:
+        raise FileExistsError(
+            f"folder={str(folder)!r} holds {listed(names)}; one that is not empty is replaced only if it is a SigLIP, "
+            f"{_CONFIG}, {_WEIGHTS} and {_PIECES}, and nothing else"
+        )
+    if names:
+        try:
+            _read_config(folder / _CONFIG)
+        except (ValueError, OSError) as error:
+            raise FileExistsError(f"folder={str(folder)!r} holds no SigLIP: {error}") from error
+
+
+def _write(
+    folder: Path, config: SigLIPConfig, state: dict[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Write a new folder beside ``folder``, then let it take that one's place.
+
+    Two folders can't change places at once. Between the two steps the old one has the name ``_aside``, and
+    ``load_siglip`` and the next ``save_siglip`` look for it there if the process was killed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        new, aside = Path(temporary, "new"), _aside(folder)
+        new.mkdir()
+        try:
+            (new / _CONFIG).write_text(_config_json(config), encoding="utf-8")
+            (new / _PIECES).write_bytes(tokenizer.proto)
+            write_tensors(state, new / _WEIGHTS)
+        except OSError as error:  # a full disk, which Python reports without a name
+            raise OSError(f"cannot write {str(folder)!r}: {error}") from error
+        if aside.exists():  # of a save that was killed after the new one took the name
+            os.rename(aside, Path(temporary, "older"))
+        try:
+            if folder.exists():
+                os.rename(folder, aside)
+            os.rename(new, folder)
+        finally:
+            _put_back(folder)
+        if aside.exists():
+            os.rename(aside, Path(temporary, "old"))

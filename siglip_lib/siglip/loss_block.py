@@ -1,0 +1,123 @@
+"""One block of SigLIP's loss: of some images and some texts, the loss of each pair and its gradients."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siglip_lib.base.observers import takes_kernel
+from siglip_lib.base.offers import has_triton
+
+# pairs of a block, 128 MiB in float32: what is smaller stays in a GPU's cache from one plain pass to the next
+_LARGE = 2**25
+
+
+def finished(
+    parts: list[tuple[Tensor, Tensor]],
+    image: Tensor,
+    d_image: Tensor,
+    d_text: Tensor,
+    scale: Tensor,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss and its gradients from what ``sigmoid_loss_block`` returned and added up, which is changed."""
+    loss, d_bias = (torch.stack(values).sum() / len(image) for values in zip(*parts, strict=True))
+    d_image *= scale / len(image)
+    d_text *= scale / len(image)
+    # the sum over all pairs of d_logits * exp(logit_scale) * image @ text.T, in which d_image holds all but the image
+    d_scale = (d_image * image).sum() if with_gradients else torch.zeros_like(scale)
+    return loss, d_image, d_text, d_scale, d_bias
+
+
+def sigmoid_loss_block(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    positive: int | Tensor,
+    sums: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of one block of pairs and its derivative by the bias, and add up the gradients.
+
+    The gradient by ``logit_scale`` needs no look at the pairs: it is ``scale * (d_image * image).sum()`` in the end.
+
+    Args:
+        image: (b, D), float32 or float64, on a GPU also float16 or bfloat16.
+        text: (m, D) of the same dtype.
+        scale: the temperature itself, shape (), float32, or float64 if the vectors are.
+        bias: shape () of the dtype of ``scale``.
+        positive: which pairs belong together: a boolean tensor (b, m), or the number of a diagonal. 0 begins in the
+            upper left corner, k > 0 k columns to its right, k < 0 -k rows below it, and one outside the block means
+            that there are none.
+        sums: d_image (b, D) and d_text (m, D) of the dtype of ``scale``, to which the gradients of this block's loss by
+            ``scale * image`` and by ``scale * text`` are added, or None if no gradient is wanted.
+
+    Returns:
+        The sum of the loss over the pairs, shape (), and its derivative by the bias, shape (), 0 if ``sums`` is None.
+    """
+    dots = _product(image, text.t())  # (b, m)
+    # Of a pair with logit -18 or less float16 would make a derivative of 0. In units of 2**-15 it reaches down to -27,
+    # and what was at most 1 is at most 32768, which it still holds.
+    unit = 2.0**-15 if image.dtype == torch.float16 else 1.0
+    dtype = None if sums is None else image.dtype  # the products need one dtype
+    if _in_one_pass(dots):
+        from siglip_lib.kernels.pair_losses import pair_losses as of_pairs
+    else:
+        of_pairs = _pair_losses
+    loss, d_bias, d_logits = of_pairs(dots, scale, bias, positive, dtype, unit)
+    del dots  # its memory is needed
+    if sums is not None:
+        d_image, d_text = sums
+        d_image.add_(_product(d_logits, text), alpha=unit)
+        d_text.add_(_product(d_logits.t(), image), alpha=unit)
+    return loss, d_bias
+
+
+def _in_one_pass(dots: Tensor) -> bool:
+    """Whether the kernel runs: on a GPU, where a block is so large that each pass over it goes to memory."""
+    large = dots.dtype == torch.float32 and dots.numel() >= _LARGE
+    return large and takes_kernel(dots) and has_triton()
+
+
+def _pair_losses(
+    dots: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    positive: int | Tensor,
+    dtype: torch.dtype | None,
+    unit: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what ``pair_losses`` of ``siglip_lib.kernels`` does, from any float dtype; ``dots`` is overwritten."""
+    # wrong = -z * logits. The loss is log(1 + exp(wrong)) and its derivative sigmoid(wrong): small where a pair is
+    # right, and never the difference of two large numbers. The matrix is overwritten at each step to stay in the cache.
+    wrong = _change_sign(torch.addcmul(bias, dots, scale, out=dots), positive)
+    d_bias, d_logits = torch.zeros_like(bias), None
+    if dtype is not None:
+        d_logits = torch.empty_like(wrong, dtype=dtype)
+        if unit == 1.0:
+            torch.sigmoid(wrong, out=d_logits)
+        else:
+            torch.mul(wrong.sigmoid(), 1 / unit, out=d_logits)
+        _change_sign(d_logits, positive)
+        d_bias = d_logits.sum(dtype=wrong.dtype) * unit
+    # beyond the threshold softplus(x) is x: right to float64's last digit from 50 on, not yet from the usual 20 on
+    return F.softplus(wrong, threshold=50, out=wrong).sum(), d_bias, d_logits
+
+
+def _change_sign(x: Tensor, positive: int | Tensor) -> Tensor:
+    """Change the sign of ``x`` (b, m) in place where ``positive`` says that a pair belongs together; return it."""
+    if isinstance(positive, int):
+        x.diagonal(positive).neg_()
+        return x
+    return x.addcmul_(x, positive, value=-2)  # x - 2x, without a second matrix of x's dtype
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` in float32, or float64 if they are. In half precision only a GPU can do so."""
+    if a.dtype == wide_dtype(a):
+        return a @ b
+    return torch.mm(a, b, out_dtype=wide_dtype(a))
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the logits and sums for vectors ``x``."""
+    return torch.promote_types(x.dtype, torch.float32)

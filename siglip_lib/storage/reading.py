@@ -1,0 +1,257 @@
+"""Tensors from a file, a folder or the hub."""
+
+import json
+import os
+import pickle
+import re
+import stat
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from siglip_lib.base.checks import listed
+from siglip_lib.storage.names import marked_towers, tower_of
+
+Get = Callable[[str], Path | None]  # from a file's name to its path
+
+
+Files = dict[Path, set[str] | None]  # what to read, and which tensors of it; None for all
+
+
+Found = TypeVar("Found")
+
+
+_HUB = "hf-hub:"
+
+
+def find_weights(source: str) -> Files:
+    """The files of a checkpoint that hold the tower."""
+    path = Path(source)
+    if _kind(path) == "file":
+        return {path: None}
+
+    def choose(get: Get) -> Files:
+        if files := choose_weights(get, tower_only=True):
+            return files
+        if source.startswith(_HUB):
+            raise FileNotFoundError(f"{source!r} holds no weights that are known here")
+        names = [file.name for file in path.iterdir() if file.suffix == ".safetensors"]
+        if len(names) != 1:
+            raise FileNotFoundError(
+                f"folder {source!r} holds no model.safetensors, no pytorch_model.bin and no index of either, but "
+                f"{len(names)} other safetensors files; name the file itself"
+            )
+        return {get(names[0]): None}
+
+    return find_in(source, choose)
+
+
+def _kind(path: Path) -> str | None:
+    """``file``, ``folder``, or None where nothing is; what can't be read, or would never end, is an error."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            path.open("rb").close()
+    except PermissionError as error:
+        raise PermissionError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_symlink():
+            there = os.readlink(path)
+            raise FileNotFoundError(
+                f"{str(path)!r} is a link to {there!r}, where nothing is"
+            ) from error
+        return None
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{str(path)!r} is neither a file nor a folder, but a pipe or a device")
+    return "file" if stat.S_ISREG(mode) else "folder"
+
+
+def _file(path: Path) -> Path | None:
+    """The path if there is a file, None if there is nothing."""
+    kind = _kind(path)
+    if kind == "folder":
+        raise IsADirectoryError(f"{str(path)!r} is a folder; it must be a file")
+    return path if kind else None
+
+
+def find_in(source: str, choose: Callable[[Get], Found], also: str = "") -> Found:
+    """What ``choose`` finds in a folder or a repository of the hub.
+
+    Args:
+        source: the folder's path or ``hf-hub:owner/name``.
+        choose: is given a function from a file's name to its path, or to None if there is none; raises
+            FileNotFoundError if something lacks.
+        also: files to download beside the weights, for the message where there is no connection.
+    """
+    if source.startswith(_HUB):
+        return _find_on_hub(source.removeprefix(_HUB), choose, also)
+    path = Path(source)
+    kind = _kind(path)
+    if kind == "file":
+        raise NotADirectoryError(f"{source!r} is a file; give the folder that holds it")
+    if kind is None:
+        raise FileNotFoundError(
+            f"no file or folder {source!r}; a repository of the hub is written {_HUB}owner/name"
+        )
+    return choose(lambda name: _file(path / name))
+
+
+def choose_weights(get: Get, tower_only: bool = False) -> Files:
+    """The files to read, out of what ``get`` finds by name: one whole file, or the parts that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if path := get(name):
+            return {path: None}
+        if index := get(f"{name}.index.json"):
+            parts = _parts(index, tower_only)
+            paths = {part: get(part) for part in parts}
+            if lost := [part for part, path in paths.items() if path is None]:
+                raise FileNotFoundError(f"{index.name} names {listed(lost)}, missing beside it")
+            return {paths[part]: names for part, names in parts.items()}
+    return {}
+
+
+def _parts(index: Path, tower_only: bool) -> dict[str, set[str]]:
+    """The files that the index of a sharded checkpoint names, all or those that hold the tower, and their tensors."""
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if any(Path(file).name != file for file in where.values()):
+            raise ValueError("it names files outside its folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index.name} is no index of a sharded checkpoint: {error!r}") from error
+    prefix = tower_of(where, index.name)[1] if tower_only else ""
+    parts: dict[str, set[str]] = {}
+    for name, file in sorted(where.items(), key=lambda entry: entry[1]):
+        parts.setdefault(file, set()).add(name)
+    return {f: names for f, names in parts.items() if any(n.startswith(prefix) for n in names)}
+
+
+def _find_on_hub(repository: str, choose: Callable[[Get], Found], also: str) -> Found:
+    """What ``choose`` finds in a repository, fetched; without a connection, in what was fetched before."""
+    from huggingface_hub import constants, hf_hub_download, model_info, try_to_load_from_cache
+
+    offline = None
+    try:
+        # fails at once where a download would try for 20 seconds; without a limit it waits for ever for an answer
+        about = model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        there = {file.rfilename for file in about.siblings}
+    except Exception as error:  # its class depends on the cause and the version
+        offline = error
+
+    def get(name: str) -> Path | None:
+        if offline is None:
+            return Path(hf_hub_download(repository, name)) if name in there else None
+        cached = try_to_load_from_cache(repository, name)
+        return Path(cached) if isinstance(cached, str) else None
+
+    try:
+        return choose(get)
+    except FileNotFoundError:
+        if offline is None:
+            raise
+    raise OSError(
+        f"cannot fetch {repository!r} from the hub ({type(offline).__name__}), and it was not fetched before. Download "
+        f"its {also}model.safetensors, or its model.safetensors.index.json and the parts that this names, "
+        "into a folder, and give that folder's path"
+    ) from offline
+
+
+def read_weights(files: Files) -> tuple[dict[str, Tensor], str]:
+    """The tensors of all files by name, and what to call these files in a message."""
+    state = {}
+    for path, names in files.items():
+        found = read_tensors(path)
+        if names is None:
+            names = found.keys()
+        elif lost := names - found.keys():
+            raise ValueError(f"{path.name} lacks {listed(lost)}, which the index says is there")
+        state |= {name: found[name] for name in names}
+    paths = list(files)
+    return state, paths[0].name if len(paths) == 1 else paths[0].parent.name
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, by name."""
+    if path.suffix != ".safetensors":
+        return _tensors_in(_unpickled(path), path.name)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path.name} is truncated or no safetensors file: {error}") from error
+
+
+def _unpickled(path: Path) -> object:
+    """What a file of ``torch.save`` holds, tensors and plain values alone."""
+    size = path.stat().st_size
+    try:
+        unpacked = 0
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                unpacked = sum(part.file_size for part in parts.infolist())
+        if unpacked <= size:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path.name} is no checkpoint, or holds more than tensors") from error
+    except Exception as error:  # garbage can lead the unpickler into any
+        raise ValueError(f"{path.name} is truncated or no checkpoint: {error!r}") from error
+    raise ValueError(
+        f"{path.name} is compressed: {size} bytes that unpack to {unpacked}; torch.save does not compress"
+    )
+
+
+def _tensors_in(content: object, where: str) -> dict[str, Tensor]:
+    """The dict of tensors by name in what a script stored; of several, the one that holds an image tower."""
+    found = _dicts_of_tensors(content)
+    if len(found) > 1:
+        found = {keys: names for keys, names in found.items() if marked_towers(names)} or found
+    if len(found) > 1:  # scripts store averaged weights beside these
+        usual = {keys: found[keys] for keys in found if keys[-1] in ("state_dict", "model")}
+        found = usual or found
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        which = listed(".".join(keys) for keys in found)
+        raise ValueError(
+            f"{where} holds several dicts of tensors by name, {which}; store one of them"
+        )
+    keys = f"; its keys are {listed(map(str, content))}" if isinstance(content, dict) else ""
+    raise ValueError(f"{where} holds no dict of tensors by name{keys}")
+
+
+def _dicts_of_tensors(
+    content: object, keys: tuple[str, ...] = (), depth: int = 2
+) -> dict[tuple[str, ...], dict[str, Tensor]]:
+    """``content`` itself if it is a dict of tensors, else those in it, ``depth`` levels down, by the keys to them."""
+    if not isinstance(content, dict) or not content or not all(isinstance(k, str) for k in content):
+        return {}
+    if all(isinstance(value, Tensor) for value in content.values()):
+        return {keys: content}
+    found = {}
+    for key, value in content.items() if depth else ():
+        found |= _dicts_of_tensors(value, (*keys, key), depth - 1)
+    return found
+
+
+def noted_grid(files: Files) -> tuple[int, int] | None:
+    """The grid of the position embeddings that ``save_weights`` noted, if it wrote one of the files."""
+    from safetensors import safe_open
+
+    for path in files:
+        if path.suffix != ".safetensors":
+            continue
+        with safe_open(path, "pt") as file:
+            noted = (file.metadata() or {}).get("grid")
+        if noted is not None:
+            sides = re.fullmatch(r"(\d+)x(\d+)", noted)
+            if not sides:
+                raise ValueError(
+                    f"{path.name} notes grid={noted!r}; it must be rows and columns, such as 2x8"
+                )
+            return int(sides[1]), int(sides[2])
+    return None

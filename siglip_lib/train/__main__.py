@@ -1,0 +1,303 @@
+"""What ``python -m siglip_lib.train`` does, alone or in every process that ``siglip_lib.launch`` starts."""
+
+import argparse
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm import tqdm
+
+from siglip_lib.base.checks import positive_int
+from siglip_lib.data.emoji64 import load_emoji64, split
+from siglip_lib.launch import meeting
+from siglip_lib.siglip.folder import check_replaceable, save_siglip
+from siglip_lib.siglip.model import SigLIP
+from siglip_lib.siglip.shipped import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
+from siglip_lib.siglip.text import Tokenizer
+from siglip_lib.train.batches import BLOCK
+from siglip_lib.train.distributed import PARALLEL, DistributedTraining
+from siglip_lib.train.recipe import TrainConfig
+from siglip_lib.train.stored import load_checkpoint, newest_checkpoint, save_checkpoint, whole_model
+from siglip_lib.train.training import Training
+
+_DESCRIPTION = """Train a SigLIP on emoji64. One process:
+  python -m siglip_lib.train --out run
+four, on a GPU each if there are any:
+  python -m siglip_lib.launch 4 -m siglip_lib.train --out run"""
+_EPILOG = """--out gets metrics.csv, checkpoints/ and, at the end, weights/, which load_siglip reads. Ctrl-C, SIGTERM
+and SIGHUP store a checkpoint and end the run (exit code 128 + the signal's number); --resume goes on, also with another
+number of processes."""
+# how long a process waits for the others: one that died unseen must not keep them for ever
+_TIMEOUT = timedelta(seconds=50)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@record  # torchrun then shows the error of the process that failed first
+def main() -> None:
+    """Train as the command line says."""
+    parser = _parser()
+    given = _arguments(parser)
+    stop = _Stop()
+    with _process_group(given.device):
+        training = _training(given, parser)
+        checkpoints = given.out / "checkpoints"
+        with _folder(given, parser) as metrics:
+            if given.resume:
+                load_checkpoint(training, checkpoints)
+            stopped = _train(training, checkpoints, given.checkpoint_every, stop, metrics)
+            training.release()
+            model = None if stopped else whole_model(training)
+            if model is not None:
+                save_siglip(model, _tokenizer(), given.out / "weights")
+                print(f"the weights are in {given.out / 'weights'}", file=sys.stderr)
+    if stopped:
+        sys.exit(128 + stopped)  # as the shell reports it
+
+
+def _train(
+    training: Training, checkpoints: Path, every: int, stop: "_Stop", metrics: "_Metrics | None"
+) -> int:
+    """Train to the end and return 0, or, if told to stop, store the training and return the signal's number."""
+    first = _rank() == 0
+    steps = training.config.steps
+    # a GPU gets a block of steps ahead; on a CPU a look after each costs nothing
+    stride = BLOCK if training.device.type == "cuda" else 1
+    if metrics:
+        metrics.begin(training)
+    stored = training.step
+    with tqdm(total=steps, initial=stored, unit="step", disable=not first) as bar:
+        while training.step < steps:
+            if number := stop.agreed():
+                # even before the first step: what nothing is stored of can't be resumed
+                if training.step > stored or not training.stored:
+                    save_checkpoint(training, checkpoints)
+                if first:
+                    with suppress(OSError):  # after SIGHUP the terminal may be gone
+                        bar.write(f"stopped after {training.step} steps", file=sys.stderr)
+                return number
+            done = training.step
+            until = min(steps, *(done - done % n + n for n in (stride, every)))
+            training.run(until, progress=False)
+            if metrics:
+                metrics.add(training, done)
+            loss, rate = training.losses[-1], training.rate(until - 1)
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", refresh=False)
+            bar.update(until - done)
+            if until % every == 0:
+                save_checkpoint(training, checkpoints)
+                stored = until
+    return 0
+
+
+class _Metrics:
+    """A line for each step in a file, which begins with those of the training that was taken up.
+
+    As long as it is open no other run can have the same folder; the system forgets that when the process ends.
+
+    Raises:
+        BlockingIOError: another run has it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # neither emptied nor anew: another run may be writing it
+        self._file = path.open("r+" if path.exists() else "x+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise BlockingIOError(f"{path.parent} belongs to a run that has not ended") from None
+        except OSError:  # this file system has no locks
+            pass
+
+    def begin(self, training: Training) -> None:
+        """Write anew what the training has behind it."""
+        self._file.seek(0)
+        self._file.write("step,loss,lr\n")
+        self.add(training, 0)
+        self._file.truncate()
+
+    def add(self, training: Training, done: int) -> None:
+        """Write what came after ``done`` steps."""
+        try:
+            for step, loss in enumerate(training.losses[done:], start=done):
+                self._file.write(f"{step},{loss:.6g},{training.rate(step):.6g}\n")
+            self._file.flush()
+        except OSError as error:  # the system does not tell which file
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Stop:
+    """Signals to stop, which may reach some processes sooner than others, and some not at all."""
+
+    def __init__(self) -> None:
+        self._told = 0
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, self._tell)
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        self._told = number
+
+    def agreed(self) -> int:
+        """Return, in all processes alike, the number of a signal that one was told to stop by, or 0."""
+        told = torch.tensor(self._told)
+        if dist.is_initialized():
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+        return int(told)
+
+
+@contextmanager
+def _process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that were started together, if there are any."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # what the processes tell each other beside vectors and gradients goes from CPU to CPU, and no GPU waits for it
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_TIMEOUT, **meeting())
+    yield
+    dist.destroy_process_group()  # not after an error: the others may be gone
+
+
+@contextmanager
+def _folder(
+    given: argparse.Namespace, parser: argparse.ArgumentParser
+) -> Iterator["_Metrics | None"]:
+    """Take the folder of the results, in the first process; refuse in all what would lose what it holds."""
+    metrics, refusal = None, [None]
+    if _rank() == 0:
+        try:
+            _check_folder(given.out, given.resume)
+            metrics = _Metrics(given.out / "metrics.csv")
+        except (OSError, ValueError) as error:
+            refusal = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(refusal)
+    if refusal[0] and _rank() == 0:
+        parser.error(refusal[0])
+    if refusal[0]:
+        sys.exit(2)
+    try:
+        yield metrics
+    finally:
+        if metrics:
+            metrics.close()
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    there = newest_checkpoint(out / "checkpoints")
+    if resume and not there:
+        raise ValueError(f"--resume: there is no checkpoint in {out}")
+    if there and not resume:
+        raise ValueError(f"{out} holds {there.name}: go on with --resume, or choose another --out")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise ValueError(
+            f"{out} is not empty; choose another --out, or delete it if a run broke off there before "
+            "its first checkpoint"
+        )
+    check_replaceable(out / "weights")  # not after the last step
+
+
+def _training(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Training:
+    try:
+        return _new_training(given)
+    except ValueError as error:  # --batch does not fit, in all processes alike
+        parser.error(str(error))
+
+
+def _new_training(given: argparse.Namespace) -> Training:
+    config = given.config
+    torch.manual_seed(config.seed)
+    emoji = load_emoji64()
+    parts = (SigLIP(EMOJI64_SIGLIP), _tokenizer(), emoji, split(emoji).train, config)
+    if not dist.is_initialized():
+        return Training(*parts, given.device)
+    mesh = init_device_mesh(given.device.type, (dist.get_world_size(),))
+    return DistributedTraining(*parts, mesh, given.device, given.parallel or "ddp")
+
+
+def _tokenizer() -> Tokenizer:
+    return Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m siglip_lib.train",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of all results")
+    for name, kind, what in (
+        ("steps", int, "optimizer steps"),
+        ("batch", int, "pairs in a step, over all processes"),
+        ("lr", float, "highest rate"),
+        ("logit-lr", float, "the same, of temperature and bias"),
+        ("weight-decay", float, "of matrices"),
+        ("warmup", int, "steps until the highest rate"),
+        ("seed", int, "of weights, batches, captions and augmentation"),
+    ):
+        default = getattr(TrainConfig, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{what} ({default})")
+    parser.add_argument(
+        "--parallel", choices=PARALLEL, help="of several processes: whole weights in each process (ddp), "
+        "the default, or sharded ones (fsdp2)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=1000, metavar="STEPS", help="(1000)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    return parser
+
+
+def _arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    given = parser.parse_args()
+    names = ("steps", "batch", "lr", "logit_lr", "weight_decay", "warmup", "seed")
+    try:
+        given.config = TrainConfig(**{name: getattr(given, name) for name in names})
+        positive_int("--checkpoint-every", given.checkpoint_every)
+        given.device = _device(given.device)
+    except ValueError as error:
+        parser.error(str(error))
+    if given.parallel and not dist.is_torchelastic_launched():
+        parser.error(
+            f"--parallel {given.parallel} is for several processes: start them by "
+            "python -m siglip_lib.launch"
+        )
+    return given
+
+
+def _device(name: str) -> torch.device:
+    """Each process its own GPU, or all the CPU."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not gpus):
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= gpus:
+        raise ValueError(
+            f"process {local} of this machine needs a GPU of its own; there are {gpus}"
+        )
+    return torch.device("cuda", local)

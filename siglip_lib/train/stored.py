@@ -1,0 +1,292 @@
+"""A training on disk, whole or not at all, for any number of processes to resume."""
+
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from siglip_lib.base.checks import finite_tensors, listed
+from siglip_lib.siglip.model import SigLIP
+from siglip_lib.train.distributed import DistributedTraining
+from siglip_lib.train.training import Training, is_out_of_memory
+
+
+def save_checkpoint(training: Training, folder: str | Path) -> Path:
+    """Store a training under ``folder``, whole or not at all, in the place of what is stored there.
+
+    Every process of the training calls it; all see the same file system. In ``folder`` only folders whose names are
+    ``step_`` and nine digits are checkpoints; what else lies there stays.
+
+    Returns:
+        The folder of the checkpoint, named by its step.
+
+    Raises:
+        FileExistsError: the same step is stored there already.
+        OSError: some process could not write; what was stored before stays. It is raised in all of them.
+        ValueError: a weight or a moment is not finite.
+        RuntimeError: the model is spoilt, see ``Training.run``.
+    """
+    folder = Path(folder)
+    training.settle()
+    final = folder / f"step_{training.step:09d}"
+    temporary = final.with_name(final.name + ".part")
+    first, tensors = _is_first(training), training.tensors()
+    try:
+        with _together(training):
+            finite_tensors(f"{final.name} was not stored: the training has", _here(tensors))
+            if first:
+                _begin(training, temporary, final)
+        with _processes(training) as who:
+            dcp.save(tensors, checkpoint_id=temporary, **who)
+        with _together(training):
+            if first:
+                os.replace(temporary, final)
+                for path in _checkpoints(folder, ".part") + _checkpoints(folder):
+                    if path != final:
+                        shutil.rmtree(path)
+    except FileExistsError:
+        raise
+    except (OSError, CheckpointException) as error:
+        cause = _cause(error) if isinstance(error, CheckpointException) else error
+        raise OSError(f"{final} was not stored: {cause}") from error
+    finally:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+    training.stored = final
+    return final
+
+
+def load_checkpoint(training: Training, folder: str | Path) -> None:
+    """Take up what ``save_checkpoint`` stored under ``folder``, by however many processes, however they shared it.
+
+    Nothing in the files is run, whoever wrote them.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it was stored with other settings, or is damaged; nothing was changed.
+        OSError: it can't be read.
+    """
+    with _together(training):
+        stored = newest_checkpoint(folder)
+        if stored is None:
+            raise FileNotFoundError(f"folder={str(folder)!r} holds no checkpoint")
+        with _errors_mean_damage(stored):
+            if odd := [path.name for path in stored.iterdir() if not path.is_file()]:
+                raise ValueError(f"{listed(odd, 5)} is no file")  # to read a pipe might never end
+            about = json.loads((stored / "training.json").read_text(encoding="utf-8"))
+        training.check_stored(about, stored.name)
+        ours = training.tensors()
+        with _errors_mean_damage(stored):
+            contents = _contents(stored / ".metadata", ours)
+    tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in ours.items()}
+    with _together(training), _errors_mean_damage(stored):
+        with _processes(training) as who:
+            dcp.load(tensors, storage_reader=_Reader(stored, contents), **who)
+        # what the files did not fill is still NaN
+        finite_tensors("there are", _here(tensors))
+    with _together(training):
+        training.take_up(tensors, about, stored)
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest checkpoint under a folder, None if there is none."""
+    return max(_checkpoints(Path(folder)), default=None)
+
+
+def whole_model(training: Training) -> SigLIP | None:
+    """Return the model with all its weights, on the CPU, in the first process; None in the others."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(training.model, options=options)
+    if not _is_first(training):
+        return None
+    with torch.device("meta"):
+        model = SigLIP(training.model.config)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _checkpoints(folder: Path, ending: str = "") -> list[Path]:
+    """Folders that ``save_checkpoint`` made; with ``.part`` those that it had to leave unfinished."""
+    name = re.compile(r"step_\d{9}" + re.escape(ending), re.ASCII)
+    found = (path for path in folder.glob("step_*") if name.fullmatch(path.name))
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+def _begin(training: Training, temporary: Path, final: Path) -> None:
+    if final.exists():
+        raise FileExistsError(f"{final.name} is stored already")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
+    about = {"settings": training.settings(), "step": training.step, "losses": training.losses}
+    (temporary / "training.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+class _Inert:
+    """What stands for an object of a table of contents: it keeps what it is given, and does nothing."""
+
+    state: object = ()
+
+    def __init__(self, *given: object) -> None:
+        self.given = given
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes no object that a file names, but a stand-in of a class of its own: what is set on it touches no other."""
+
+    def find_class(self, module: str, name: str) -> type:
+        return type(name, (_Inert,), {})
+
+
+class _Reader(FileSystemReader):
+    """torch's own unpickles whatever the file holds."""
+
+    def __init__(self, path: Path, contents: Metadata) -> None:
+        super().__init__(path)
+        self._contents = contents
+
+    def read_metadata(self) -> Metadata:
+        return self._contents
+
+
+def _contents(path: Path, ours: dict[str, Tensor]) -> Metadata:
+    """Read where which part of each of our tensors lies. What a file says else is left where it is."""
+    with path.open("rb") as file:
+        table = _Unpickler(file).load().state
+    # the optimizer's constants were stored once; they follow from the settings
+    stored = {
+        name: entry.state
+        for name, entry in table["state_dict_metadata"].items()
+        if not name.startswith("optimizer.param_groups.")
+    }
+    if odd := stored.keys() ^ ours.keys():
+        raise ValueError(f"missing or unexpected are {listed(odd, 5)}")
+    entries = {name: _entry(name, stored[name], tensor) for name, tensor in ours.items()}
+    places = {}
+    for index, place in table["storage_data"].items():
+        file, start, length = (place.state[key] for key in ("relative_path", "offset", "length"))
+        # torch gives each process a file of such a name
+        if type(file) is not str or not re.fullmatch(r"__\d+_\d+\.distcp", file, re.ASCII):
+            raise ValueError(f"{file!r} lies elsewhere")
+        _numbers((start, length))
+        name, offset, which = (index.state[key] for key in ("fqn", "offset", "index"))
+        if name in ours:
+            places[MetadataIndex(name, _size(offset), which)] = _StorageInfo(file, start, length)
+    return Metadata(entries, storage_data=places)
+
+
+def _entry(name: str, stored: dict, tensor: Tensor) -> TensorStorageMetadata:
+    if "properties" not in stored:
+        raise ValueError(f"{name} is no tensor")
+    dtype, size = stored["properties"].state[0].__name__, _size(stored["size"])
+    if (size, f"torch.{dtype}") != (tensor.shape, str(tensor.dtype)):
+        raise ValueError(f"{name} is {dtype} {tuple(size)}")
+    parts = [(part.state["offsets"], part.state["sizes"]) for part in stored["chunks"]]
+    chunks = [ChunkStorageMetadata(*map(_size, part)) for part in parts]
+    return TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, chunks)
+
+
+def _size(stored: _Inert) -> torch.Size:
+    return torch.Size(_numbers(*stored.given))
+
+
+def _numbers(found: tuple) -> tuple[int, ...]:
+    if type(found) is not tuple or not all(type(n) is int and n >= 0 for n in found):
+        raise ValueError("a size or a place in it is no number")
+    return found
+
+
+@contextmanager
+def _errors_mean_damage(stored: Path) -> Iterator[None]:
+    """Say of a checkpoint that it is damaged, unless what went wrong lies elsewhere."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        cause = _cause(error) if isinstance(error, CheckpointException) else error
+        if _lies_elsewhere(cause):
+            raise cause from None
+        # torch's own text advises to run what the file asks for
+        said = "no tensor" if isinstance(cause, pickle.UnpicklingError) else cause
+        raise ValueError(
+            f"{stored} is damaged: {type(cause).__name__}: {said}; start anew in another folder"
+        ) from None
+
+
+def _lies_elsewhere(cause: BaseException) -> bool:
+    """Whether the disk, the memory or another process is at fault; a file that a checkpoint lacks is damage."""
+    if isinstance(cause, OSError):
+        return not isinstance(cause, FileNotFoundError)
+    # gloo has no class of errors of its own, but names its source file
+    lost = isinstance(cause, dist.DistError) or (
+        type(cause) is RuntimeError and "third_party/gloo" in str(cause)
+    )
+    return lost or is_out_of_memory(cause)
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What happened first, in the process with the lowest rank that it happened in."""
+    cause, _ = min(error.failures.items())[1]
+    if not isinstance(cause, Exception):  # Ctrl-C, which torch treats as a failure
+        raise cause
+    return cause
+
+
+def _here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What this process has of them."""
+    return {n: x.to_local() if isinstance(x, DTensor) else x for n, x in tensors.items()}
+
+
+@contextmanager
+def _together(training: Training) -> Iterator[None]:
+    """Wait for all processes; what went wrong in one is raised in all, so that none goes on alone."""
+    error = None
+    try:
+        yield
+    except (Exception, CheckpointException) as caught:
+        error = caught
+    errors = [error]
+    if isinstance(training, DistributedTraining):
+        errors *= dist.get_world_size(training.group)
+        dist.all_gather_object(errors, error, group=training.group)
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _is_first(training: Training) -> bool:
+    return not isinstance(training, DistributedTraining) or training.rank == 0
+
+
+@contextmanager
+def _processes(training: Training) -> Iterator[dict[str, object]]:
+    """Tell torch.distributed.checkpoint who takes part."""
+    if isinstance(training, DistributedTraining):
+        yield {"process_group": training.group}
+        return
+    with warnings.catch_warnings():  # it warns of what it was asked for
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield {"no_dist": True}
