@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from siglip_lib import losses, measure
+from siglip_lib import measure
+from siglip_lib.siglip import loss_block
 from siglip_lib.siglip.loss_block import sigmoid_loss_block
 from siglip_lib.siglip.losses import sigmoid_loss, softmax_loss
 
@@ -322,7 +323,7 @@ def test_a_block_in_half_precision(bias, dtype, tolerance, monkeypatch):
         assert a.dtype == b.dtype == dtype
         return a.float() @ b.float()
 
-    monkeypatch.setattr(losses, "_product", product)
+    monkeypatch.setattr(loss_block, "_product", product)
     image, text, logit_scale, logit_bias = draw(40, 50, 16, dtype, bias=bias)
     ids = torch.arange(40) % 30, torch.arange(50) + 15
     exact = loss_and_gradients(plain, in_float64((image, text, logit_scale, logit_bias)), *ids)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run_group
 
-from siglip_lib import ring
+from siglip_lib.siglip import ring_loss
 from siglip_lib.siglip.losses import sigmoid_loss
 from siglip_lib.siglip.ring_loss import ring_sigmoid_loss
 
@@ -196,12 +196,12 @@ def test_texts_travel_while_a_block_is_computed_and_few_at_a_time(monkeypatch):
         log.append("compute")
         return torch.zeros(()), torch.zeros(())
 
-    monkeypatch.setattr(ring, "_pass_on", pass_on)
-    monkeypatch.setattr(ring, "sigmoid_loss_block", block)
+    monkeypatch.setattr(ring_loss, "_pass_on", pass_on)
+    monkeypatch.setattr(ring_loss, "sigmoid_loss_block", block)
     monkeypatch.setattr(dist, "get_rank", lambda group: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
     x = torch.ones(8, 2)
-    ring._loss_and_gradients(x, x, S, S, None, None, 4, None, True)
+    ring_loss._loss_and_gradients(x, x, S, S, None, None, 4, None, True)
     step = ["begin", "compute", "compute", "wait"]
     assert log == step * 6 + ["begin", "wait"]
     one = 4 * 2 * 4  # bytes of four texts, or of their gradient

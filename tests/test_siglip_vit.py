@@ -7,7 +7,8 @@ from torch import nn
 from transformers import SiglipVisionConfig as TheirConfig
 from transformers import SiglipVisionModel
 
-from siglip_lib import SIGLIP_CONFIGS, SigLIPVisionConfig, create_siglip_vit, save_weights
+from siglip_lib import SIGLIP_CONFIGS, create_siglip_vit, save_weights
+from siglip_lib.tower.siglip_vit import SigLIPVisionConfig
 
 
 @pytest.fixture
