@@ -114,35 +114,30 @@ def check_pairs(pairs: Pairs) -> None:
     check_vectors(image, text)
     check_scalar("logit_scale", pairs.logit_scale, image)
     check_scalar("logit_bias", pairs.logit_bias, image)
+    ids = {"image_ids": (pairs.image_ids, image), "text_ids": (pairs.text_ids, text)}
     if pairs.image_ids is None and pairs.text_ids is None:
+        ids = {}
         if len(text) != len(image):
             raise ValueError(
                 f"text has {len(text)} rows; without ids it must have {len(image)}, as image has"
             )
-        return
-    for name, length in (("image_ids", len(image)), ("text_ids", len(text))):
-        ids = getattr(pairs, name)
-        if ids is None:
+    for name, (value, vectors) in ids.items():
+        if value is None:
             raise ValueError(f"{name}=None must be given, as the other ids are")
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(ids).__name__}")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"{name} is {ids.dtype}; it must be of integers")
-        if ids.shape != (length,):
-            raise ValueError(f"{name} has shape {tuple(ids.shape)}; it must be ({length},)")
-        _check_device(name, ids, image)
+        _check_tensor(name, value)
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} is {value.dtype}; it must be of integers")
+        _check_shape(name, value, value.shape == (len(vectors),), f"({len(vectors)},)")
+        _check_device(name, value, image)
 
 
 def check_vectors(image: Tensor, text: Tensor) -> None:
     """Raise an error unless these are vectors (B, D) and (M, D) of one dtype on one device."""
     for name, value, shape in (("image", image, "(B, D)"), ("text", text, "(M, D)")):
-        _check_float_tensor(name, value)
-        if value.ndim != 2 or 0 in value.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; it must be {shape}, each at least 1"
-            )
-    if text.shape[1] != image.shape[1]:
-        raise ValueError(f"text has shape {tuple(text.shape)}; it must be (M, {image.shape[1]})")
+        _check_tensor(name, value, floats=True)
+        fits = value.ndim == 2 and 0 not in value.shape
+        _check_shape(name, value, fits, f"{shape}, each at least 1")
+    _check_shape("text", text, text.shape[1] == image.shape[1], f"(M, {image.shape[1]})")
     if text.dtype != image.dtype:
         raise TypeError(f"text is {text.dtype}; it must be {image.dtype}, as image is")
     _check_device("text", text, image)
@@ -150,17 +145,21 @@ def check_vectors(image: Tensor, text: Tensor) -> None:
 
 def check_scalar(name: str, value: Tensor, image: Tensor) -> None:
     """Raise an error unless this is one floating-point element on the device of ``image``."""
-    _check_float_tensor(name, value)
-    if value.shape not in ((), (1,)):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be () or (1,)")
+    _check_tensor(name, value, floats=True)
+    _check_shape(name, value, value.shape in ((), (1,)), "() or (1,)")
     _check_device(name, value, image)
 
 
-def _check_float_tensor(name: str, value: Tensor) -> None:
+def _check_tensor(name: str, value: Tensor, floats: bool = False) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
-    if value.dtype not in _DTYPES:
+    if floats and value.dtype not in _DTYPES:
         raise TypeError(f"{name} is {value.dtype}; allowed are float16, bfloat16, float32, float64")
+
+
+def _check_shape(name: str, value: Tensor, fits: bool, wanted: str) -> None:
+    if not fits:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {wanted}")
 
 
 def _check_device(name: str, value: Tensor, image: Tensor) -> None:

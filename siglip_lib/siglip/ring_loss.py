@@ -43,9 +43,9 @@ def ring_sigmoid_loss(
     whole batch's loss; ``logit_scale`` and ``logit_bias``, of which each rank has a copy, are averaged like any other.
     What comes into the backward pass has to be the same number on every rank.
 
-    A block of texts passes through all ranks, and its gradient follows one rank behind; both travel while the next
-    block is computed. No rank ever holds more than its own vectors and a few blocks, whatever the number of ranks. As
-    in ``sigmoid_loss`` the forward pass forms the gradients, so the texts go round once.
+    Texts and their gradients travel while the next block is computed, see the module's head. No rank ever holds more
+    than its own vectors and a few blocks, whatever the number of ranks. As in ``sigmoid_loss`` the forward pass forms
+    the gradients, so the texts go round once.
 
     Every rank of the group has to call it. They compare their arguments before any vectors travel. This goes from CPU
     to CPU where the group can do so, as with the backend "cpu:gloo,cuda:nccl", PyTorch's default; with "nccl" alone
