@@ -347,7 +347,7 @@ def test_values_take_the_dtype_of_the_model(there, here, layout, tmp_path):
 
 
 def test_create_siglip_vit_loads_a_whole_tower_and_keeps_some_blocks(tmp_path, monkeypatch):
-    small = SigLIPVisionConfig(32, 8, width=24, layers=2, heads=3, mlp_ratio=2.0)
+    small = SigLIPVisionConfig(32, 8, width=24, layers=2, heads=3, mlp_hidden=48)
     monkeypatch.setitem(SIGLIP_CONFIGS, "small", small)
     first = tower().float()
     save_weights(first, tmp_path / "a.safetensors", "transformers_4")

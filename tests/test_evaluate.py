@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from siglip_lib import evaluate
+from siglip_lib.evaluate import retrieval
 from siglip_lib.evaluate.retrieval import Share, ranks, recall, zero_shot
 
 
@@ -55,7 +55,7 @@ def by_hand(queries, gallery, query_ids, gallery_ids) -> list[int]:
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**24])
 def test_ranks_are_those_of_a_plain_loop(chunk, device, monkeypatch):
-    monkeypatch.setattr(evaluate, "CHUNK", chunk)
+    monkeypatch.setattr(retrieval, "CHUNK", chunk)
     gallery, gallery_ids = unit(31, 4), torch.randint(5, (31,))  # several right answers each
     queries, query_ids = unit(23, 4), gallery_ids[torch.randint(31, (23,))]
     found = ranks(*(x.to(device) for x in (queries, gallery, query_ids, gallery_ids)))

@@ -11,7 +11,7 @@ from comparing import randomized
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from siglip_lib import VisionTransformer, attention, attention_maps, attention_pool
+from siglip_lib import VisionTransformer, attention_maps
 from siglip_lib.evaluate.explain import (
     gradient_attention,
     gradient_tokens,
@@ -20,6 +20,7 @@ from siglip_lib.evaluate.explain import (
     pool_attention,
     rollout,
 )
+from siglip_lib.tower import attention, attention_pool
 
 SIZE = (24, 32)  # 3 rows and 4 columns of patches
 PREFIXES = {"plain": {}, "prefix": {"class_token": True, "reg_tokens": 2}}

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from siglip_lib import losses, sigmoid_loss
+from siglip_lib import sigmoid_loss
+from siglip_lib.siglip import loss_block
 
 pytest.importorskip("triton")
 
+from siglip_lib.kernels import pair_losses as module
 from siglip_lib.kernels.pair_losses import pair_losses
-from siglip_lib.kernels.pair_losses import pair_losses as module
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = [(1, 1), (4, 1024), (5, 1025), (9, 2100), (130, 3)]
@@ -23,7 +24,7 @@ def draw(shape, device):
 
 def exact(dots, scale, bias, positive):
     wide = (x.double().clone() for x in (dots, scale, bias))
-    return losses._pair_losses(*wide, positive, torch.float64, 1.0)
+    return loss_block._pair_losses(*wide, positive, torch.float64, 1.0)
 
 
 @pytest.mark.parametrize("positive", [0, 2, -3, NO_MATCH, "matrix"])
@@ -86,7 +87,7 @@ def test_the_loss_of_large_blocks_goes_through_it(dtype, ids, gpu, monkeypatch):
         return pair_losses(*arguments)
 
     monkeypatch.setattr(module, "pair_losses", counted)
-    monkeypatch.setattr(losses, "_LARGE", 200 * 200)
+    monkeypatch.setattr(loss_block, "_LARGE", 200 * 200)
     vectors = torch.nn.functional.normalize(torch.randn(2, 500, 64, device=gpu), dim=-1).to(dtype)
     scalars = torch.tensor(2.3, device=gpu), torch.tensor(-6.0, device=gpu)
     given = [torch.randint(300, (500,), device=gpu)] * 2 if ids else [None, None]
@@ -99,7 +100,7 @@ def test_the_loss_of_large_blocks_goes_through_it(dtype, ids, gpu, monkeypatch):
     found = results(dtype)
     assert calls == [40_000] * 4  # the narrower blocks at the edges are small
     with monkeypatch.context() as patch:
-        patch.setattr(losses, "_LARGE", 10**9)
+        patch.setattr(loss_block, "_LARGE", 10**9)
         plain = results(dtype)
     for mine, other, wanted in zip(found, plain, results(torch.float64), strict=True):
         far = (other.double() - wanted).norm()

@@ -9,21 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from siglip_lib import losses, measure
+from siglip_lib import measure
+from siglip_lib.siglip import loss_block
 from siglip_lib.siglip.loss_block import sigmoid_loss_block
-from siglip_lib.siglip.losses import sigmoid_loss, softmax_loss
+from siglip_lib.siglip.losses import plain_sigmoid_loss, sigmoid_loss, softmax_loss
 
 HALF = (torch.float16, torch.bfloat16)
 NAMES = ("image", "text", "logit_scale", "logit_bias")
-
-
-def plain(image, text, logit_scale, logit_bias, image_ids=None, text_ids=None):
-    """Algorithm 1 of the paper, but for the ids."""
-    logits = logit_scale.exp() * image @ text.t() + logit_bias
-    if image_ids is None:
-        image_ids = text_ids = torch.arange(len(image), device=image.device)
-    labels = (image_ids[:, None] == text_ids).to(logits.dtype)
-    return -F.logsigmoid((2 * labels - 1) * logits).sum() / len(image)
 
 
 def draw(b, m, d, dtype=torch.float64, device="cpu", scale=1.3, bias=-2.0):
@@ -80,7 +72,9 @@ def test_is_the_plain_form(case, chunk, device):
     ids = [None if x is None else torch.tensor(x, device=device) for x in ids]
     arguments = draw(b, m, 5, device=device)
     found = loss_and_gradients(sigmoid_loss, arguments, *ids, chunk=chunk, incoming=-3.7)
-    assert_equal_to_rounding(found, loss_and_gradients(plain, arguments, *ids, incoming=-3.7))
+    assert_equal_to_rounding(
+        found, loss_and_gradients(plain_sigmoid_loss, arguments, *ids, incoming=-3.7)
+    )
     assert sigmoid_loss(*(x.detach() for x in arguments), *ids, chunk=chunk) == found["loss"]
 
 
@@ -99,7 +93,7 @@ def test_is_the_plain_form_for_any_shape_ids_and_scale(b, m, d, chunk, kinds, sc
     arguments = draw(b, m, d, scale=scale, bias=bias)
     ids = [torch.randint(kinds, (n,), dtype=torch.int32) for n in (b, m)]
     found = loss_and_gradients(sigmoid_loss, arguments, *ids, chunk=chunk)
-    assert_equal_to_rounding(found, loss_and_gradients(plain, arguments, *ids))
+    assert_equal_to_rounding(found, loss_and_gradients(plain_sigmoid_loss, arguments, *ids))
 
 
 def test_gradcheck():
@@ -137,7 +131,7 @@ def test_sure_pairs_keep_their_digits(sure):
 def test_sums_in_float32(dtype):
     arguments = draw(60, 60, 16, dtype, scale=3.0, bias=-8.0)
     found = loss_and_gradients(sigmoid_loss, arguments, chunk=25)
-    expected = loss_and_gradients(plain, in_float64(arguments))
+    expected = loss_and_gradients(plain_sigmoid_loss, in_float64(arguments))
     assert found["loss"].dtype == torch.float32
     torch.testing.assert_close(found["loss"].double(), expected["loss"], rtol=1e-6, atol=0)
     for name, argument in zip(NAMES, arguments, strict=True):
@@ -162,7 +156,8 @@ def test_scale_and_bias_of_another_dtype(dtype):
 def test_a_scalers_factor_comes_before_the_rounding():
     image, text, scale, bias = draw(4, 4, 3, torch.float16, bias=-22.0)
     ids = torch.arange(4), torch.arange(4, 8)  # no positives: gradients below what float16 holds
-    exact = loss_and_gradients(plain, in_float64((image, text, scale, bias)), *ids)["text"]
+    exact = in_float64((image, text, scale, bias))
+    exact = loss_and_gradients(plain_sigmoid_loss, exact, *ids)["text"]
     assert 0 < exact.abs().max() < 2e-8
     scaled = loss_and_gradients(sigmoid_loss, (image, text, scale, bias), *ids, incoming=2.0**20)
     torch.testing.assert_close(scaled["text"].double(), exact * 2**20, rtol=1e-3, atol=1e-7)
@@ -246,7 +241,7 @@ def test_holds_blocks_only(ids, dtype):
         loss.backward()
     assert seen.largest == max(b * d, chunk * chunk)  # a thirtieth of b * m
     with Recorder() as seen:
-        plain(*arguments, *ids).backward()
+        plain_sigmoid_loss(*arguments, *ids).backward()
     assert seen.largest == b * m  # the recorder sees such a tensor where there is one
 
 
@@ -322,10 +317,12 @@ def test_a_block_in_half_precision(bias, dtype, tolerance, monkeypatch):
         assert a.dtype == b.dtype == dtype
         return a.float() @ b.float()
 
-    monkeypatch.setattr(losses, "_product", product)
+    monkeypatch.setattr(loss_block, "_product", product)
     image, text, logit_scale, logit_bias = draw(40, 50, 16, dtype, bias=bias)
     ids = torch.arange(40) % 30, torch.arange(50) + 15
-    exact = loss_and_gradients(plain, in_float64((image, text, logit_scale, logit_bias)), *ids)
+    exact = loss_and_gradients(
+        plain_sigmoid_loss, in_float64((image, text, logit_scale, logit_bias)), *ids
+    )
     with torch.no_grad():
         scale = logit_scale.exp()
         sums = torch.zeros(40, 16), torch.zeros(50, 16)
@@ -382,6 +379,14 @@ def test_the_operator_is_what_it_says(with_gradients, dtype, device):
         (*arguments, *ids, 2, with_gradients),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_the_operators_results_are_contiguous_as_compiled_code_expects(with_gradients, device):
+    image, text, *scalars = (x.detach() for x in draw(5, 5, 3, device=device))
+    image, text = image.t().contiguous().t(), text.t().contiguous().t()  # columns lie together
+    arguments = image, text, *scalars, None, None, 2, with_gradients
+    assert all(x.is_contiguous() for x in torch.ops.siglip_lib.sigmoid_loss(*arguments))
 
 
 # --- refused ---
@@ -570,7 +575,7 @@ def test_scale_and_bias_may_be_vectors_of_one_number(loss):
 def test_half_precision_on_a_gpu(dtype, tolerance, ids, gpu):
     arguments = draw(500, 500, 64, dtype, gpu, scale=math.log(10), bias=-10.0)
     ids = torch.randint(300, (2, 500), device=gpu) if ids else ()
-    exact = loss_and_gradients(plain, in_float64(arguments), *ids)
+    exact = loss_and_gradients(plain_sigmoid_loss, in_float64(arguments), *ids)
     for chunk in (136, 77, None):
         found = loss_and_gradients(sigmoid_loss, arguments, *ids, chunk=chunk)
         torch.testing.assert_close(found["loss"].double(), exact["loss"], rtol=1e-5, atol=0)
@@ -627,6 +632,6 @@ def test_a_tenth_of_the_memory_on_a_gpu(gpu):
 
     def in_bfloat16(image, text, logit_scale, logit_bias):
         """The plain form at its smallest: no matrix of it in float32."""
-        return plain(image, text, logit_scale.bfloat16(), logit_bias.bfloat16())
+        return plain_sigmoid_loss(image, text, logit_scale.bfloat16(), logit_bias.bfloat16())
 
     assert 10 * peak(sigmoid_loss) < peak(in_bfloat16)

@@ -9,8 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run_group
 
-from siglip_lib import ring
-from siglip_lib.siglip.losses import sigmoid_loss
+from siglip_lib.siglip import loss_pairs, ring_loss
+from siglip_lib.siglip.loss_pairs import Pairs
+from siglip_lib.siglip.losses import plain_sigmoid_loss
 from siglip_lib.siglip.ring_loss import ring_sigmoid_loss
 
 WORLDS = (1, 2, 3, 4)
@@ -133,7 +134,7 @@ def found(tmp_path_factory):
 def test_equals_the_loss_of_the_whole_batch(found, world, case):
     arguments, ids, _ = whole_batch(world, case)
     whole = [x.requires_grad_() for x in arguments]
-    expected = sigmoid_loss(*whole, *ids)
+    expected = plain_sigmoid_loss(*whole, *ids)
     expected_gradients = torch.autograd.grad(expected, whole, torch.full_like(expected, INCOMING))
     ranks = [found[rank][f"{world} {case}"] for rank in range(world)]
     losses, *gradients, without_gradients = (list(x) for x in zip(*ranks, strict=True))
@@ -196,12 +197,12 @@ def test_texts_travel_while_a_block_is_computed_and_few_at_a_time(monkeypatch):
         log.append("compute")
         return torch.zeros(()), torch.zeros(())
 
-    monkeypatch.setattr(ring, "_pass_on", pass_on)
-    monkeypatch.setattr(ring, "sigmoid_loss_block", block)
+    monkeypatch.setattr(ring_loss, "_pass_on", pass_on)
+    monkeypatch.setattr(loss_pairs, "sigmoid_loss_block", block)
     monkeypatch.setattr(dist, "get_rank", lambda group: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
     x = torch.ones(8, 2)
-    ring._loss_and_gradients(x, x, S, S, None, None, 4, None, True)
+    ring_loss._loss_and_gradients(Pairs(x, x, S, S), True, 4, None)
     step = ["begin", "compute", "compute", "wait"]
     assert log == step * 6 + ["begin", "wait"]
     one = 4 * 2 * 4  # bytes of four texts, or of their gradient

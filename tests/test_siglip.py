@@ -23,7 +23,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from siglip_lib import VisionTransformer, siglip
+from siglip_lib import VisionTransformer
+from siglip_lib.siglip import folder as siglip_folder
+from siglip_lib.siglip.config_json import (
+    HARMLESS,
+    SIZES,
+    config_json,
+    known_settings,
+    read_config,
+)
 from siglip_lib.siglip.embed import embed_pictures
 from siglip_lib.siglip.folder import load_siglip, save_siglip
 from siglip_lib.siglip.model import SigLIP, SigLIPConfig
@@ -133,7 +141,9 @@ def outputs_and_gradients(model, pixels, tokens) -> dict[str, torch.Tensor]:
     ).mean().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     if isinstance(model, SigLIP):
-        gradients = {name: torch.cat(rows) for name, rows in siglip._stored(gradients).items()}
+        gradients = {
+            name: torch.cat(rows) for name, rows in siglip_folder._stored_views(gradients).items()
+        }
     return found | gradients
 
 
@@ -194,7 +204,7 @@ def test_so400m_has_transformers_names_and_shapes():
             ours.encode_image(torch.empty(2, 3, 384, 384)),
             ours.encode_text(torch.ones(2, 64, dtype=torch.int64)),
         )
-    stored = siglip._stored(ours.state_dict())
+    stored = siglip_folder._stored_views(ours.state_dict())
     shapes = {k: (sum(map(len, rows)), *rows[0].shape[1:]) for k, rows in stored.items()}
     assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     assert sum(p.numel() for p in ours.parameters()) == 877_960_498
@@ -231,16 +241,16 @@ def test_sizes_that_a_config_leaves_out_are_transformers(text, vision, expected,
     path.write_text(
         json.dumps({"model_type": "siglip", "text_config": text, "vision_config": vision})
     )
-    assert siglip._read_config(path) == expected
+    assert read_config(path) == expected
     theirs = transformers.SiglipConfig.from_pretrained(tmp_path)
-    for field, (section, name, _) in siglip._SIZES.items():
+    for field, (section, name, _) in SIZES.items():
         assert getattr(getattr(theirs, section), name) == getattr(expected, field)
 
 
 @pytest.mark.parametrize("config", [CONFIG, BASE, SO400M])
 def test_what_is_written_is_read_by_both(config, tmp_path):
-    (tmp_path / "config.json").write_text(siglip._config_json(config))
-    assert siglip._read_config(tmp_path / "config.json") == config
+    (tmp_path / "config.json").write_text(config_json(config))
+    assert read_config(tmp_path / "config.json") == config
     theirs, expected = transformers.AutoConfig.from_pretrained(tmp_path), their_config(config)
     assert theirs.dtype == torch.float32  # what from_pretrained loads into, whatever is stored
     for section in ("text_config", "vision_config"):
@@ -341,16 +351,16 @@ def test_every_setting_of_transformers_is_used_settled_or_harmless(tmp_path):
         config[section] |= OLD
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
-    assert siglip._read_config(path) == CONFIG
+    assert read_config(path) == CONFIG
     # each that is a number there, and neither a size nor harmless, must not be ignored
     sections = {
         "text_config": transformers.SiglipTextConfig,
         "vision_config": transformers.SiglipVisionConfig,
     }
     for section, theirs in sections.items():
-        for name in set(theirs().to_dict()) - siglip._HARMLESS - set(siglip._known("")):
+        for name in set(theirs().to_dict()) - HARMLESS - set(known_settings("")):
             if not name.startswith("_") and theirs().to_dict()[name]:
-                assert name in siglip._known(section)
+                assert name in known_settings(section)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe{}", b"[" * 99_999])
@@ -711,9 +721,9 @@ def test_a_failed_save_leaves_what_was_there_and_nothing_else(
         if fails == "writing":
             patch.setattr(safetensors.torch, "save_file", write_half)
         elif fails == "moving the new":
-            patch.setattr(siglip.os, "rename", rename_back)
+            patch.setattr(siglip_folder.os, "rename", rename_back)
         elif there:
-            patch.setattr(siglip.os, "rename", no_rename)
+            patch.setattr(siglip_folder.os, "rename", no_rename)
         else:
             return
         with pytest.raises(KeyboardInterrupt):

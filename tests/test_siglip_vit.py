@@ -1,5 +1,7 @@
 """create_siglip_vit: the towers by name, against transformers' sizes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comparing import randomized
@@ -7,12 +9,13 @@ from torch import nn
 from transformers import SiglipVisionConfig as TheirConfig
 from transformers import SiglipVisionModel
 
-from siglip_lib import SIGLIP_CONFIGS, SigLIPVisionConfig, create_siglip_vit, save_weights
+from siglip_lib import SIGLIP_CONFIGS, create_siglip_vit, save_weights
+from siglip_lib.tower.siglip_vit import SigLIPVisionConfig, mlp_ratio
 
 
 @pytest.fixture
 def tiny(monkeypatch) -> str:
-    monkeypatch.setitem(SIGLIP_CONFIGS, "tiny", SigLIPVisionConfig(24, 8, 24, 4, 3, 3.7))
+    monkeypatch.setitem(SIGLIP_CONFIGS, "tiny", SigLIPVisionConfig(24, 8, 24, 4, 3, 88))
     return "tiny"
 
 
@@ -23,7 +26,7 @@ def test_sizes_are_transformers(name):
         image_size=config.image_size,
         patch_size=config.patch_size,
         hidden_size=config.width,
-        intermediate_size=int(config.width * config.mlp_ratio),
+        intermediate_size=config.mlp_hidden,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
     )
@@ -171,6 +174,32 @@ def test_further_arguments_are_honoured(tiny):
 def test_tokens_as_deepseek_takes_them(tiny):
     model = create_siglip_vit(tiny, select_layer=-2, ignore_head=True)
     assert model(torch.randn(2, 3, 24, 24)).shape == (2, 9, 24)
+
+
+def test_another_mlp_ratio_counts_for_blocks_and_pooling_head(tiny):
+    model = create_siglip_vit(tiny, mlp_ratio=2.6)
+    mlps = [block.mlp for block in model.blocks] + [model.attn_pool.mlp]
+    assert {mlp.fc1.out_features for mlp in mlps} == {62}
+
+
+@pytest.mark.parametrize(
+    "name", ["image_size", "patch_size", "width", "layers", "heads", "mlp_hidden"]
+)
+def test_sizes_are_positive_ints(name):
+    for value, error in ((0, ValueError), (3.7, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"{name}={value}"):
+            replace(SIGLIP_CONFIGS["siglip_base_patch16_224"], **{name: value})
+
+
+def test_heads_divide_the_width():
+    with pytest.raises(ValueError, match="width=24 must be a multiple of heads=5"):
+        SigLIPVisionConfig(24, 8, 24, 4, 5, 88)
+
+
+def test_every_hidden_width_comes_out_of_its_ratio():
+    for width in (1, 3, 44, 100, 768, 1152, 4096):
+        hidden = range(1, 6 * width, max(1, width // 50))
+        assert [int(width * mlp_ratio(h, width)) for h in hidden] == [*hidden]
 
 
 def test_another_depth_counts_for_the_selection(tiny):

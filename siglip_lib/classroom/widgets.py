@@ -18,7 +18,7 @@ from torch import Tensor
 
 from siglip_lib.base.checks import finite_tensors, positive_int
 from siglip_lib.classroom.plots import COLOURS
-from siglip_lib.evaluate.explain import check_tower, steady
+from siglip_lib.evaluate.explain import check_tower, evaluation_mode
 from siglip_lib.siglip.embed import embed_texts
 from siglip_lib.siglip.model import SigLIP
 from siglip_lib.siglip.text import Tokenizer, canonicalize
@@ -166,7 +166,7 @@ def attention_viewer(
     def weights(picture: int, layer: int) -> Tensor:
         """The weights (heads, queries, N) of what patches ask, or the pooling head's query, and patches answer."""
         some = pixels[picture : picture + 1]
-        with torch.no_grad(), steady(tower, some), attention_maps(tower, [layer]) as maps:
+        with torch.no_grad(), evaluation_mode(tower, some), attention_maps(tower, [layer]) as maps:
             tower.forward_head(tower.forward_features(some))
         prefix = 0 if layer == depth else tower.num_prefix_tokens
         return next(iter(maps.values()))[0, :, prefix:, prefix:].cpu()

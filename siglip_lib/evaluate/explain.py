@@ -5,12 +5,12 @@ Each function takes a tower with a pooling head and pictures, and gives one valu
 cosine of the pooled picture and a text's vector. Whether a map shows where the model looks is a question for
 ``pointing``, not for the eye.
 
-The length of a text's vector plays no part, but zero is refused. The score is linear in the unit vector, so the
-difference of two texts' vectors asks what speaks for the one rather than the other.
+The length of a text's vector plays no part, but a vector of zeros raises ``ValueError``. The score is linear in the
+unit vector, so the difference of two texts' vectors asks what speaks for the one rather than the other.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,7 @@ def pool_attention(tower: VisionTransformer, pixels: Tensor) -> Tensor:
         TypeError: the tower is no ``VisionTransformer``.
         ValueError: the tower has no pooling head or is a stage of a pipeline, or the pictures' shape is wrong.
     """
-    tower = check_tower(tower, pixels)
-    with steady(tower, pixels):
+    with evaluation_mode(check_tower(tower, pixels), pixels) as tower:
         *_, pool = _weights(tower, pixels)
     return _on_grid(tower, pixels, pool.mean(1)[:, 0])
 
@@ -60,8 +59,7 @@ def rollout(tower: VisionTransformer, pixels: Tensor) -> Tensor:
     Source: Abnar and Zuidema, Quantifying Attention Flow in Transformers (2020), section 3, attention rollout. There
     the last block's class token reads; here it is the pooling head.
     """
-    tower = check_tower(tower, pixels)
-    with steady(tower, pixels):
+    with evaluation_mode(check_tower(tower, pixels), pixels) as tower:
         *blocks, pool = _weights(tower, pixels)
         read = F.pad(pool.mean(1), (tower.num_prefix_tokens, 0))  # (B, 1, prefix + N)
         for weights in reversed(blocks):
@@ -89,8 +87,7 @@ def gradient_attention(tower: VisionTransformer, pixels: Tensor, text: Tensor) -
     Source: Chefer et al., Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder
     Transformers (2021), section 3, equations 5, 6 and 8 to 10.
     """
-    tower = check_tower(tower, pixels, text)
-    with steady(tower, pixels):
+    with evaluation_mode(check_tower(tower, pixels, text), pixels) as tower:
         *blocks, pool = [
             (weights * gradient).clamp(min=0).mean(1)  # (B, queries, keys)
             for weights, gradient in _weights_and_gradients(tower, pixels, text)
@@ -113,8 +110,10 @@ def gradient_tokens(tower: VisionTransformer, pixels: Tensor, text: Tensor) -> T
 
     Source: Selvaraju et al., Grad-CAM (2017), section 3; there the gradient is averaged over places before the product.
     """
-    tower = check_tower(tower, pixels, text)
-    with steady(tower, pixels), _recording(pixels) as pixels:
+    with (
+        evaluation_mode(check_tower(tower, pixels, text), pixels) as tower,
+        _recording(pixels) as pixels,
+    ):
         tokens = tower.forward_features(pixels)  # (B, prefix + N, D)
         (gradient,) = torch.autograd.grad(_score(tower, tokens, text).sum(), tokens)
     relevance = (gradient.float() * tokens.detach().float()).sum(-1).clamp(min=0)
@@ -153,9 +152,9 @@ def occlusion(
 
     Source: Zeiler and Fergus, Visualizing and Understanding Convolutional Networks (2014), section 4.2.
     """
-    tower = check_tower(tower, pixels, text)
-    with steady(tower, pixels), torch.no_grad():
-        covered = _over_windows(tower, pixels, text, window, stride, fill, batch_size, alone=False)
+    with evaluation_mode(check_tower(tower, pixels, text), pixels) as tower, torch.no_grad():
+        options = (window, stride, fill, batch_size)
+        covered = _over_windows(tower, pixels, text, options, alone=False)
         parts = zip(pixels.split(batch_size), text.split(batch_size), strict=True)
         whole = torch.cat([_score(tower, tower.forward_features(x), t) for x, t in parts])  # (B,)
     return (whole[:, None, None] - covered).float()
@@ -181,24 +180,19 @@ def isolation(
 
     Source: Petsiuk et al., RISE (2018), section 3.1, with square windows in place of random masks.
     """
-    tower = check_tower(tower, pixels, text)
-    with steady(tower, pixels), torch.no_grad():
-        return _over_windows(
-            tower, pixels, text, window, stride, fill, batch_size, alone=True
-        ).float()
+    with evaluation_mode(check_tower(tower, pixels, text), pixels) as tower, torch.no_grad():
+        options = (window, stride, fill, batch_size)
+        return _over_windows(tower, pixels, text, options, alone=True).float()
 
 
 def _over_windows(
-    tower: VisionTransformer,
-    pixels: Tensor,
-    text: Tensor,
-    window: int,
-    stride: int,
-    fill: float | str,
-    batch_size: int,
-    alone: bool,
+    tower: VisionTransformer, pixels: Tensor, text: Tensor, options: tuple, alone: bool
 ) -> Tensor:
-    """Return for each patch the mean score over the windows around it, with each window covered, or all but it."""
+    """Return for each patch the mean score over the windows around it, with each window covered, or all but it.
+
+    ``options`` are window, stride, fill and batch_size, as for ``occlusion``.
+    """
+    window, stride, fill, batch_size = options
     height, width = pixels.shape[2:]
     window, stride = positive_int("window", window), positive_int("stride", stride)
     if window > min(height, width):
@@ -236,7 +230,7 @@ def _over_windows(
 def check_tower(
     tower: VisionTransformer, pixels: Tensor, text: Tensor | None = None
 ) -> VisionTransformer:
-    """Return the tower, out of what wraps it, see ``unwrapped``; refuse what none of these maps can be made of."""
+    """Return the tower, out of what wraps it, see ``unwrapped``; raise an error if no map can be made."""
     tower = unwrapped(tower) if isinstance(tower, nn.Module) else tower
     if not isinstance(tower, VisionTransformer):
         raise TypeError(f"tower is a {type(tower).__name__}; it must be a VisionTransformer")
@@ -263,13 +257,16 @@ def check_tower(
 
 
 @contextmanager
-def steady(tower: VisionTransformer, pixels: Tensor) -> Iterator[None]:
-    """Without dropout and autocast, whose rounding makes ties of a map; afterwards every part is in the mode it was."""
+def evaluation_mode(tower: VisionTransformer, pixels: Tensor) -> Iterator[VisionTransformer]:
+    """Give the tower in evaluation mode, and without autocast, whose rounding makes ties of a map.
+
+    Afterwards every part of the tower is in the mode it was. Autocast is that of the device of ``pixels``.
+    """
     modes = [(module, module.training) for module in tower.modules()]
     tower.eval()
     try:
         with torch.autocast(pixels.device.type, enabled=False):
-            yield
+            yield tower
     finally:
         for module, training in modes:
             module.training = training
@@ -311,21 +308,14 @@ def _weights_and_gradients(
     layers = attention_layers(tower).values()
     inputs: list[Tensor] = []  # of each attention, in the order in which they run
     outs: list[Tensor] = []  # what each read, (B, queries, heads * head_dim), before its projection
-    handles = []
     with _recording(pixels) as pixels:
-        try:
+        # without hooks in the backward pass, where a checkpointed block runs again
+        with ExitStack() as hooks, uncompiled():
             for layer in layers:
                 for module, kept in ((layer, inputs), (layer.proj, outs)):
-                    handles.append(
-                        module.register_forward_pre_hook(
-                            lambda _, arguments, kept=kept: kept.append(arguments[0])
-                        )
-                    )
-            with uncompiled():
-                score = _score(tower, tower.forward_features(pixels), text)
-        finally:
-            for handle in handles:
-                handle.remove()
+                    keep = lambda _, arguments, kept=kept: kept.append(arguments[0])  # noqa: E731
+                    hooks.enter_context(module.register_forward_pre_hook(keep))
+            score = _score(tower, tower.forward_features(pixels), text)
         _check_count(tower, len(inputs))
         gradients = torch.autograd.grad(score.sum(), outs)
     found = []
@@ -339,7 +329,7 @@ def _weights_and_gradients(
 
 
 def _check_count(tower: VisionTransformer, count: int) -> None:
-    """Refuse to go on with fewer attention layers than a map is made of, or more."""
+    """Raise ``ValueError`` if more or fewer attention layers ran than a map is made of."""
     expected = len(tower.blocks) + 1
     if count != expected:
         raise ValueError(

@@ -156,7 +156,7 @@ def _inside(boxes: Tensor, size: int | tuple[int, int], grid: tuple[int, int]) -
     if boxes.ndim != 2 or boxes.shape[1] != 4 or not len(boxes):
         raise ValueError(f"boxes have shape {tuple(boxes.shape)}; it must be (B, 4), B at least 1")
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)  # each (B, 1)
-    # written so that NaN is refused as well
+    # written so that NaN raises as well
     fits = (x0 >= 0) & (y0 >= 0) & (x0 < x1) & (y0 < y1) & (x1 <= width) & (y1 <= height)
     if not fits.all():
         bad = boxes[~fits[:, 0]][0].tolist()

@@ -1,7 +1,8 @@
 """How good an embedding is: shares with their intervals, ranks, recall, zero-shot accuracy.
 
 Every comparison with NaN is false, so a loop that counts what is more similar than the right answer finds nothing and
-calls a broken model perfect. Here NaN is refused, and what ties with the right answer counts as being before it.
+calls a broken model perfect. Here NaN raises ``ValueError``, and what ties with the right answer counts as being before
+it.
 """
 
 from collections.abc import Sequence
@@ -141,7 +142,7 @@ def zero_shot(
         A share for each group, sorted by name, and last one for ``all``.
 
     Raises:
-        ValueError: the number of groups is not N, one is called ``all``, and what ``ranks`` refuses.
+        ValueError: the number of groups is not N, one is called ``all``, or as for ``ranks``.
     """
     if len(groups) != len(images):
         raise ValueError(f"groups has {len(groups)} names for {len(images)} images")
@@ -156,7 +157,7 @@ def zero_shot(
 
 
 def _vectors(name: str, x: Tensor) -> Tensor:
-    """Return unit vectors in at least float32; refuse what is empty, not finite or of another length."""
+    """Return unit vectors in at least float32; raise an error for what is empty, not finite or of another length."""
     if not x.is_floating_point():
         raise TypeError(f"{name} is {x.dtype}; it must hold floats")
     if x.ndim != 2 or 0 in x.shape:

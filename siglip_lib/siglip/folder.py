@@ -1,6 +1,5 @@
 """A SigLIP's folder on disk, which transformers reads too."""
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from siglip_lib.base.checks import finite_tensors, listed
+from siglip_lib.siglip.config_json import config_json, read_config
 from siglip_lib.siglip.model import SigLIP, SigLIPConfig, check_tokenizer
 from siglip_lib.siglip.text import Tokenizer
 from siglip_lib.storage.fitting import check_finite, check_fit, check_plain, fill
@@ -24,57 +24,6 @@ from siglip_lib.storage.reading import Files, Get, choose_weights, find_in, read
 from siglip_lib.storage.writing import write_tensors
 
 _CONFIG, _WEIGHTS, _PIECES = "config.json", "model.safetensors", "spiece.model"
-
-
-# Where transformers' config.json keeps each of our sizes, and what it means by leaving one out.
-_SIZES = {
-    "image_size": ("vision_config", "image_size", 224),
-    "patch_size": ("vision_config", "patch_size", 16),
-    "width": ("vision_config", "hidden_size", 768),
-    "layers": ("vision_config", "num_hidden_layers", 12),
-    "heads": ("vision_config", "num_attention_heads", 12),
-    "mlp_hidden": ("vision_config", "intermediate_size", 3072),
-    "text_width": ("text_config", "hidden_size", 768),
-    "text_layers": ("text_config", "num_hidden_layers", 12),
-    "text_heads": ("text_config", "num_attention_heads", 12),
-    "text_mlp_hidden": ("text_config", "intermediate_size", 3072),
-    "vocab_size": ("text_config", "vocab_size", 32_000),
-    "context_length": ("text_config", "max_position_embeddings", 64),
-}
-
-
-# What is settled here and a choice there.
-_SETTLED = {
-    "vision_config": {
-        "num_channels": 3,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-        "attention_dropout": 0.0,
-        "vision_use_head": True,
-    },
-    "text_config": {
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-        "attention_dropout": 0.0,
-    },
-}
-
-
-# What changes no output of the towers: how weights are drawn and loaded, the tokenizer's numbers, what a call returns,
-# and settings of other tasks, which transformers 4.x writes into every file.
-_HARMLESS = frozenset(
-    """
-    architectures attn_implementation auto_map chunk_size_feed_forward dtype initializer_factor initializer_range
-    model_type name_or_path text_config torch_dtype transformers_version vision_config
-    bos_token_id eos_token_id pad_token_id tokenizer_class
-    output_attentions output_hidden_states return_dict use_cache
-    id2label label2id num_labels problem_type tie_word_embeddings
-    length_penalty max_length num_beam_groups num_beams num_return_sequences repetition_penalty temperature top_k top_p
-    typical_p
-    """.split()  # noqa: SIM905
-)
-
-
 # Our towers, theirs, and the names within.
 _TOWERS = (("image.", "vision_model.", IMAGE_TOWER), ("text.", "text_model.", TEXT_TOWER))
 
@@ -108,10 +57,10 @@ def save_siglip(
     check_replaceable(_aside(folder))
     _put_back(folder)
     check_replaceable(folder)
-    state = {name: torch.cat(views) for name, views in _stored(whole_state(model)).items()}
+    state = {name: torch.cat(views) for name, views in _stored_views(whole_state(model)).items()}
     with torch.device("meta"):
         whole = SigLIP(model.config)
-        check_fit(state, _stored(whole.state_dict()), "model is not as its config")
+        check_fit(state, _stored_views(whole.state_dict()), "model is not as its config")
     grid, wanted = model.image.patch_embed.grid_size, whole.image.patch_embed.grid_size
     if grid != wanted:
         raise ValueError(
@@ -123,6 +72,36 @@ def save_siglip(
             state[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     finite_tensors(f"weights in {dtype or 'the model'} have", state)
     _write(folder, model.config, state, tokenizer)
+
+
+def _write(
+    folder: Path, config: SigLIPConfig, state: dict[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Write a new folder beside ``folder``, then let it take that one's place.
+
+    Two folders can't change places at once. Between the two steps the old one has the name ``_aside``, and
+    ``load_siglip`` and the next ``save_siglip`` look for it there if the process was killed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        new, aside = Path(temporary, "new"), _aside(folder)
+        new.mkdir()
+        try:
+            (new / _CONFIG).write_text(config_json(config), encoding="utf-8")
+            (new / _PIECES).write_bytes(tokenizer.proto)
+            write_tensors(state, new / _WEIGHTS)
+        except OSError as error:  # a full disk, which Python reports without a name
+            raise OSError(f"cannot write {str(folder)!r}: {error}") from error
+        if aside.exists():  # of a save that was killed after the new one took the name
+            os.rename(aside, Path(temporary, "older"))
+        try:
+            if folder.exists():
+                os.rename(folder, aside)
+            os.rename(new, folder)
+        finally:
+            _put_back(folder)
+        if aside.exists():
+            os.rename(aside, Path(temporary, "old"))
 
 
 def load_siglip(source: str | Path) -> tuple[SigLIP, Tokenizer]:
@@ -152,17 +131,18 @@ def load_siglip(source: str | Path) -> tuple[SigLIP, Tokenizer]:
         aside = _aside(Path(source).resolve())
         source = aside if aside.is_dir() and not Path(source).exists() else source
     config_file, pieces, files = find_in(str(source), choose, f"{_CONFIG}, {_PIECES} and ")
-    config = _read_config(config_file)
+    config = read_config(config_file)
     tokenizer = Tokenizer(pieces, config.context_length)
     check_tokenizer(tokenizer, config)
     found, where = read_weights(files)
     found = without_wrappers(found, where)
     check_plain(found, where)
     model = _without_memory(config, len(found))
-    check_fit(found, _stored(model.state_dict()), f"{where} does not fit {_CONFIG} beside it")
-    check_finite(found, _stored(model.state_dict()), where)
+    views = _stored_views(model.state_dict())
+    check_fit(found, views, f"{where} does not fit {_CONFIG} beside it")
+    check_finite(found, views, where)
     model.to_empty(device=torch.get_default_device())
-    fill(_stored(model.state_dict()), found)
+    fill(_stored_views(model.state_dict()), found)
     return model, tokenizer
 
 
@@ -180,7 +160,7 @@ def _without_memory(config: SigLIPConfig, tensors: int) -> SigLIP:
         raise ValueError(f"{_CONFIG} asks for tensors beyond any memory") from error
 
 
-def _stored(state: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+def _stored_views(state: dict[str, Tensor]) -> dict[str, list[Tensor]]:
     """Views of the weights by the names of transformers' SiglipModel."""
     found = {k: [v.view(1)] for k, v in state.items() if k in ("logit_scale", "logit_bias")}
     for ours, theirs, names in _TOWERS:
@@ -188,68 +168,6 @@ def _stored(state: dict[str, Tensor]) -> dict[str, list[Tensor]]:
         views = under_transformers_names(tower, names)
         found |= {theirs + name: view for name, view in views.items()}
     return found
-
-
-def _config_json(config: SigLIPConfig) -> str:
-    sections = {section: dict(settled) for section, settled in _SETTLED.items()}
-    for field, (section, name, _) in _SIZES.items():
-        sections[section][name] = getattr(config, field)
-    sections["vision_config"]["model_type"] = "siglip_vision_model"
-    sections["text_config"] |= {
-        "model_type": "siglip_text_model",
-        "projection_size": config.width,
-        "pad_token_id": 1,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-    }
-    # the dtype in which to load, whatever is stored
-    whole = {"architectures": ["SiglipModel"], "model_type": "siglip", "dtype": "float32"}
-    return json.dumps(whole | sections, indent=2) + "\n"
-
-
-def _read_config(path: Path) -> SigLIPConfig:
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        sections = {section: whole.get(section) or {} for section in _SETTLED}
-        kind = whole.get("model_type")
-        values = {
-            field: sections[section].get(name, default)
-            for field, (section, name, default) in _SIZES.items()
-        }
-        differs = [
-            f"{section}.{name} is {found!r}, not {settled!r}"
-            for section, names in _SETTLED.items()
-            for name, settled in names.items()
-            if (found := sections[section].get(name, settled)) != settled
-        ]
-        differs += [
-            f"{section}.{name} is {value!r}, which is unknown".removeprefix(".")
-            for section, names in {"": whole, **sections}.items()
-            for name, value in names.items()
-            if value and name not in _known(section) and not name.startswith("_")
-        ]
-        # what the text tower gives, by default its own width
-        projection = sections["text_config"].get("projection_size") or values["text_width"]
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no configuration of a model: {error!r}") from error
-    if kind != "siglip":
-        differs = [f"model_type is {kind!r}, not 'siglip'"]
-    elif projection != values["width"]:
-        differs.append(
-            f"text_config.projection_size is {projection!r}, not the image tower's {values['width']!r}"
-        )
-    if differs:
-        raise ValueError(f"{path.name} asks for what is not here: {'; '.join(differs)}")
-    try:
-        return SigLIPConfig(**values)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
-
-
-def _known(section: str) -> set[str]:
-    """The settings of a section that are used, settled, or harmless."""
-    sizes = {name for part, name, _ in _SIZES.values() if part == section}
-    return _HARMLESS | sizes | _SETTLED.get(section, {}).keys() | {"projection_size"}
 
 
 def _aside(folder: Path) -> Path:
@@ -264,7 +182,7 @@ def _put_back(folder: Path) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse a folder that holds anything but a SigLIP."""
+    """Raise ``FileExistsError`` for a folder that holds anything but a SigLIP."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -277,36 +195,6 @@ def check_replaceable(folder: Path) -> None:
         )
     if names:
         try:
-            _read_config(folder / _CONFIG)
+            read_config(folder / _CONFIG)
         except (ValueError, OSError) as error:
             raise FileExistsError(f"folder={str(folder)!r} holds no SigLIP: {error}") from error
-
-
-def _write(
-    folder: Path, config: SigLIPConfig, state: dict[str, Tensor], tokenizer: Tokenizer
-) -> None:
-    """Write a new folder beside ``folder``, then let it take that one's place.
-
-    Two folders can't change places at once. Between the two steps the old one has the name ``_aside``, and
-    ``load_siglip`` and the next ``save_siglip`` look for it there if the process was killed.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        new, aside = Path(temporary, "new"), _aside(folder)
-        new.mkdir()
-        try:
-            (new / _CONFIG).write_text(_config_json(config), encoding="utf-8")
-            (new / _PIECES).write_bytes(tokenizer.proto)
-            write_tensors(state, new / _WEIGHTS)
-        except OSError as error:  # a full disk, which Python reports without a name
-            raise OSError(f"cannot write {str(folder)!r}: {error}") from error
-        if aside.exists():  # of a save that was killed after the new one took the name
-            os.rename(aside, Path(temporary, "older"))
-        try:
-            if folder.exists():
-                os.rename(folder, aside)
-            os.rename(new, folder)
-        finally:
-            _put_back(folder)
-        if aside.exists():
-            os.rename(aside, Path(temporary, "old"))

@@ -11,23 +11,6 @@ from siglip_lib.base.offers import has_triton
 _LARGE = 2**25
 
 
-def finished(
-    parts: list[tuple[Tensor, Tensor]],
-    image: Tensor,
-    d_image: Tensor,
-    d_text: Tensor,
-    scale: Tensor,
-    with_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss and its gradients from what ``sigmoid_loss_block`` returned and added up, which is changed."""
-    loss, d_bias = (torch.stack(values).sum() / len(image) for values in zip(*parts, strict=True))
-    d_image *= scale / len(image)
-    d_text *= scale / len(image)
-    # the sum over all pairs of d_logits * exp(logit_scale) * image @ text.T, in which d_image holds all but the image
-    d_scale = (d_image * image).sum() if with_gradients else torch.zeros_like(scale)
-    return loss, d_image, d_text, d_scale, d_bias
-
-
 def sigmoid_loss_block(
     image: Tensor,
     text: Tensor,

@@ -3,14 +3,35 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from siglip_lib.base.checks import positive_int
 from siglip_lib.base.operators import operators_of
-from siglip_lib.siglip.loss_block import finished, sigmoid_loss_block, wide_dtype
+from siglip_lib.siglip.loss_block import wide_dtype
+from siglip_lib.siglip.loss_pairs import (
+    LossSums,
+    Pairs,
+    check_pairs,
+    check_scalar,
+    check_vectors,
+    loss_with_gradients,
+)
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHUNK = 4096  # blocks of 8192 take half the time on an H200 and three times the memory
+
+
+def plain_sigmoid_loss(image, text, logit_scale, logit_bias, image_ids=None, text_ids=None):
+    """Return SigLIP's loss in ten lines: what ``sigmoid_loss`` and ``ring_sigmoid_loss`` must equal.
+
+    It holds the whole matrix of logits, leaves the gradients to autograd, computes in the dtypes that it is given, and
+    checks nothing. Arguments are those of ``sigmoid_loss``.
+
+    Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), Algorithm 1; the ids are not in it.
+    """
+    if image_ids is None:
+        image_ids = text_ids = torch.arange(len(image), device=image.device)
+    logits = logit_scale.exp() * image @ text.t() + logit_bias  # (B, M)
+    z = 2 * (image_ids[:, None] == text_ids).to(logits.dtype) - 1  # 1 and -1
+    return -F.logsigmoid(z * logits).sum() / len(image)
 
 
 def sigmoid_loss(
@@ -56,13 +77,13 @@ def sigmoid_loss(
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 3.2 and Algorithm 1; section 3.3
     for the blocks. Several positives are not in the paper.
     """
-    check_arguments(image, text, logit_scale, logit_bias, image_ids, text_ids)
+    pairs = Pairs(image, text, logit_scale, logit_bias, image_ids, text_ids)
+    check_pairs(pairs)
     chunk = _CHUNK if chunk is None else positive_int("chunk", chunk)
-    learned = (image, text, logit_scale.reshape(()), logit_bias.reshape(()))
-    with torch.autocast(image.device.type, enabled=False):
-        if torch.is_grad_enabled() and any(x.requires_grad for x in learned):
-            return SigmoidLoss.apply(*learned, image_ids, text_ids, chunk)
-        return _loss_and_gradients()(*learned, image_ids, text_ids, chunk, False)[0]
+    # compiled code takes an operator of its own, as it would unroll the loops
+    compiled = torch.compiler.is_compiling()
+    blocks = torch.ops.siglip_lib.sigmoid_loss if compiled else _loss_and_gradients_by_blocks
+    return loss_with_gradients(pairs, lambda given, wanted: blocks(*given, chunk, wanted))
 
 
 def softmax_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
@@ -86,8 +107,8 @@ def softmax_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
     Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), figure 3.
     """
-    _check_vectors(image, text)
-    _check_scalar("logit_scale", logit_scale, image)
+    check_vectors(image, text)
+    check_scalar("logit_scale", logit_scale, image)
     if len(text) != len(image):
         raise ValueError(f"text has {len(text)} rows; it must have {len(image)}, as image has")
     logit_scale = logit_scale.reshape(())
@@ -98,63 +119,19 @@ def softmax_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
         return (F.cross_entropy(logits, right) + F.cross_entropy(logits.t(), right)) / 2
 
 
-class SigmoidLoss(torch.autograd.Function):
-    """The loss, with its gradients formed in the forward pass."""
-
-    @staticmethod
-    def forward(ctx, image, text, logit_scale, logit_bias, image_ids, text_ids, chunk):
-        learned = (image, text, logit_scale, logit_bias)
-        loss, *gradients = _loss_and_gradients()(*learned, image_ids, text_ids, chunk, True)
-        return SigmoidLoss.keep(ctx, learned, loss, gradients)
-
-    @staticmethod
-    def keep(ctx, learned, loss, gradients):
-        # kept in float32: a gradient scaler's factor comes in first, then the rounding to float16
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [x.dtype for x in learned]
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, incoming):
-        saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:4], strict=True)
-        found = [(x * incoming).to(dtype) if needed else None for x, dtype, needed in saved]
-        return *found, *[None] * (len(ctx.needs_input_grad) - 4)
-
-
-def _loss_and_gradients():
-    """Return the function below, as an operator of its own for compiled code, which would unroll its loops."""
-    if torch.compiler.is_compiling():
-        return torch.ops.siglip_lib.sigmoid_loss
-    return _loss_and_gradients_by_blocks
-
-
-def _loss_and_gradients_by_blocks(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    chunk: int,
-    with_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss and its gradients by image, text, logit_scale and logit_bias; zeros unless wanted."""
-    wide, device = wide_dtype(image), image.device
-    if not image.is_cuda:  # a CPU's matrix product has no float32 result for half precision
-        image, text = image.to(wide), text.to(wide)
-    scale, bias = logit_scale.to(wide).exp(), logit_bias.to(wide)
-    d_image = torch.zeros(image.shape if with_gradients else (), dtype=wide, device=device)
-    d_text = torch.zeros(text.shape if with_gradients else (), dtype=wide, device=device)
-    parts = []
-    for i in range(0, len(image), chunk):
-        for j in range(0, len(text), chunk):
+def _loss_and_gradients_by_blocks(*arguments: Tensor | int | None) -> tuple[Tensor, ...]:
+    """Return what ``LossSums.loss_and_gradients`` does; the arguments are the operator's, see its schema below."""
+    *pairs, chunk, with_gradients = arguments
+    pairs = Pairs(*pairs)
+    sums = LossSums(pairs, with_gradients)
+    for i in range(0, len(pairs.image), chunk):
+        for j in range(0, len(pairs.text), chunk):
             rows, columns = slice(i, i + chunk), slice(j, j + chunk)
-            positive = i - j if image_ids is None else image_ids[rows, None] == text_ids[columns]
-            sums = (d_image[rows], d_text[columns]) if with_gradients else None
-            part = sigmoid_loss_block(image[rows], text[columns], scale, bias, positive, sums)
-            parts.append(part)
-    return finished(parts, image, d_image, d_text, scale, with_gradients)
+            positive = i - j
+            if pairs.image_ids is not None:
+                positive = pairs.image_ids[rows, None] == pairs.text_ids[columns]
+            sums.add(rows, sums.text[columns], positive, sums.d_text[columns])
+    return sums.loss_and_gradients()
 
 
 _OPERATORS = operators_of(__name__)
@@ -173,75 +150,3 @@ torch.library.impl(
 def _(image, text, logit_scale, logit_bias, image_ids, text_ids, chunk, with_gradients):
     shapes = ((), image.shape, text.shape, (), ()) if with_gradients else ((),) * 5
     return tuple(image.new_empty(shape, dtype=wide_dtype(image)) for shape in shapes)
-
-
-def check_arguments(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-) -> None:
-    """Refuse what ``sigmoid_loss`` does not take."""
-    _check_vectors(image, text)
-    _check_scalar("logit_scale", logit_scale, image)
-    _check_scalar("logit_bias", logit_bias, image)
-    _check_ids(image_ids, text_ids, image, text)
-
-
-def _check_vectors(image: Tensor, text: Tensor) -> None:
-    for name, value, shape in (("image", image, "(B, D)"), ("text", text, "(M, D)")):
-        _check_float_tensor(name, value)
-        if value.ndim != 2 or 0 in value.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; it must be {shape}, each at least 1"
-            )
-    if text.shape[1] != image.shape[1]:
-        raise ValueError(f"text has shape {tuple(text.shape)}; it must be (M, {image.shape[1]})")
-    if text.dtype != image.dtype:
-        raise TypeError(f"text is {text.dtype}; it must be {image.dtype}, as image is")
-    _check_device("text", text, image)
-
-
-def _check_scalar(name: str, value: Tensor, image: Tensor) -> None:
-    _check_float_tensor(name, value)
-    if value.shape not in ((), (1,)):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be () or (1,)")
-    _check_device(name, value, image)
-
-
-def _check_ids(
-    image_ids: Tensor | None, text_ids: Tensor | None, image: Tensor, text: Tensor
-) -> None:
-    if image_ids is None and text_ids is None:
-        if len(image) != len(text):
-            raise ValueError(
-                f"text has {len(text)} rows; without ids it must have {len(image)}, as image has"
-            )
-        return
-    for name, ids, length in (
-        ("image_ids", image_ids, len(image)),
-        ("text_ids", text_ids, len(text)),
-    ):
-        if ids is None:
-            raise ValueError(f"{name}=None must be given, as the other ids are")
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(ids).__name__}")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"{name} is {ids.dtype}; it must be of integers")
-        if ids.shape != (length,):
-            raise ValueError(f"{name} has shape {tuple(ids.shape)}; it must be ({length},)")
-        _check_device(name, ids, image)
-
-
-def _check_float_tensor(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
-    if value.dtype not in _DTYPES:
-        raise TypeError(f"{name} is {value.dtype}; allowed are float16, bfloat16, float32, float64")
-
-
-def _check_device(name: str, value: Tensor, image: Tensor) -> None:
-    if value.device != image.device:
-        raise ValueError(f"{name} is on {value.device}; it must be on {image.device}, as image is")

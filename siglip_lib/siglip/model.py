@@ -1,27 +1,21 @@
-"""SigLIP: an image tower and a text tower in one space, and its folder on disk, which transformers reads too."""
+"""SigLIP: an image tower and a text tower in one space."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siglip_lib.base.checks import positive_int
 from siglip_lib.siglip.text import TextTransformer, Tokenizer
+from siglip_lib.tower.siglip_vit import SigLIPVisionConfig, mlp_ratio
 from siglip_lib.tower.vision_transformer import VisionTransformer
 
 
 @dataclass(frozen=True)
-class SigLIPConfig:
-    """Sizes of both towers; the text tower's output is as wide as the image tower."""
+class SigLIPConfig(SigLIPVisionConfig):
+    """Sizes of both towers, of the image tower first; the text tower's output is as wide as the image tower."""
 
-    image_size: int
-    patch_size: int
-    width: int
-    layers: int
-    heads: int
-    mlp_hidden: int
     text_width: int
     text_layers: int
     text_heads: int
@@ -30,13 +24,8 @@ class SigLIPConfig:
     context_length: int
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():  # NumPy's numbers can't be stored as JSON
-            object.__setattr__(self, name, positive_int(name, value))
-        for width, heads in (("width", "heads"), ("text_width", "text_heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise ValueError(
-                    f"{width}={getattr(self, width)} must be a multiple of {heads}={getattr(self, heads)}"
-                )
+        super().__post_init__()
+        self._check_heads("text_width", "text_heads")
 
 
 class SigLIP(nn.Module):
@@ -68,15 +57,7 @@ class SigLIP(nn.Module):
         super().__init__()
         self.config = config
         self.image = VisionTransformer(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            num_classes=0,
-            global_pool="map",
-            embed_dim=config.width,
-            depth=config.layers,
-            num_heads=config.heads,
-            mlp_ratio=_ratio(config.mlp_hidden, config.width),
-            class_token=False,
+            **config.tower_arguments(),
             dynamic_img_size=True,
             drop_path_rate=drop_path_rate,
             weight_init=weight_init,
@@ -87,7 +68,7 @@ class SigLIP(nn.Module):
             width=config.text_width,
             depth=config.text_layers,
             num_heads=config.text_heads,
-            mlp_ratio=_ratio(config.text_mlp_hidden, config.text_width),
+            mlp_ratio=mlp_ratio(config.text_mlp_hidden, config.text_width),
             embed_dim=config.width,
             weight_init=weight_init,
         )
@@ -115,13 +96,8 @@ class SigLIP(nn.Module):
         return self.logit_scale.exp() * image @ text.T + self.logit_bias
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """The ``mlp_ratio`` that gives ``hidden`` channels: half a channel more, as it is rounded down."""
-    return (hidden + 0.5) / width
-
-
 def check_tokenizer(tokenizer: Tokenizer, config: SigLIPConfig) -> None:
-    """Refuse a tokenizer whose texts the text tower could not read."""
+    """Raise ``ValueError`` for a tokenizer whose token ids the text tower could not read."""
     if tokenizer.context_length != config.context_length:
         raise ValueError(
             f"the tokenizer gives {tokenizer.context_length} tokens, the model takes {config.context_length}"

@@ -1,12 +1,23 @@
-"""SigLIP's loss of a batch that many processes share: each keeps its images, and the texts go round."""
+"""SigLIP's loss of a batch that many processes share: each keeps its images, and the texts go round.
+
+The ranks stand in a ring. One round takes a block of texts of every rank through all ranks, in as many hops as there
+are ranks. In a hop, a rank
+
+1. begins to send the block that it holds to the next rank, and with it the gradient that the rank before finished;
+2. meanwhile computes its images' loss against this block, and the block's gradient from its own images;
+3. waits for what the rank before sent: the next block, and the gradient that the ranks before found for the block just
+   computed. To that it adds its own.
+
+So a block's gradient follows the block one hop behind. After the last hop of a round it has one hop to go, to the rank
+whose texts these are: it travels in the first hop of the next round, or by itself after the last round.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from siglip_lib.base.checks import positive_int
-from siglip_lib.siglip.loss_block import finished, sigmoid_loss_block, wide_dtype
-from siglip_lib.siglip.losses import SigmoidLoss, check_arguments
+from siglip_lib.siglip.loss_pairs import LossSums, Pairs, check_pairs, loss_with_gradients
 
 # Of a block. It is large, as a GPU computes one while Python prepares the next and its exchange; it has fewer texts
 # than images, since what travels is kept several times over.
@@ -32,9 +43,9 @@ def ring_sigmoid_loss(
     whole batch's loss; ``logit_scale`` and ``logit_bias``, of which each rank has a copy, are averaged like any other.
     What comes into the backward pass has to be the same number on every rank.
 
-    A block of texts passes through all ranks, and its gradient follows one rank behind; both travel while the next
-    block is computed. No rank ever holds more than its own vectors and a few blocks, whatever the number of ranks. As
-    in ``sigmoid_loss`` the forward pass forms the gradients, so the texts go round once.
+    Texts and their gradients travel while the next block is computed, see the module's head. No rank ever holds more
+    than its own vectors and a few blocks, whatever the number of ranks. As in ``sigmoid_loss`` the forward pass forms
+    the gradients, so the texts go round once.
 
     Every rank of the group has to call it. They compare their arguments before any vectors travel. This goes from CPU
     to CPU where the group can do so, as with the backend "cpu:gloo,cuda:nccl", PyTorch's default; with "nccl" alone
@@ -63,102 +74,63 @@ def ring_sigmoid_loss(
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 3.3.
     """
-    learned = (image, text, logit_scale, logit_bias)
-    _check_all_ranks(*learned, image_ids, text_ids, chunk, group)
-    chunk = None if chunk is None else int(chunk)
-    learned = (image, text, logit_scale.reshape(()), logit_bias.reshape(()))
-    with torch.autocast(image.device.type, enabled=False):
-        if _recorded(learned):
-            return _RingSigmoidLoss.apply(*learned, image_ids, text_ids, chunk, group)
-        return _loss_and_gradients(*learned, image_ids, text_ids, chunk, group, False)[0]
-
-
-class _RingSigmoidLoss(SigmoidLoss):
-    """The loss, with its gradients formed in the forward pass; the backward pass is ``SigmoidLoss``'s."""
-
-    @staticmethod
-    def forward(ctx, image, text, logit_scale, logit_bias, image_ids, text_ids, chunk, group):
-        learned = (image, text, logit_scale, logit_bias)
-        loss, *gradients = _loss_and_gradients(*learned, image_ids, text_ids, chunk, group, True)
-        return SigmoidLoss.keep(ctx, learned, loss, gradients)
+    pairs = Pairs(image, text, logit_scale, logit_bias, image_ids, text_ids)
+    _check_all_ranks(pairs, chunk, group)
+    return loss_with_gradients(pairs, lambda *given: _loss_and_gradients(*given, chunk, group))
 
 
 def _loss_and_gradients(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    chunk: int | None,
-    group: dist.ProcessGroup | None,
-    with_gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss and its gradients by image, text, logit_scale and logit_bias; zeros unless wanted."""
+    pairs: Pairs, with_gradients: bool, chunk: int | None, group: dist.ProcessGroup | None
+) -> tuple[Tensor, ...]:
+    """Return what ``LossSums.loss_and_gradients`` does."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     images, texts = (chunk, chunk) if chunk else (_IMAGES, _TEXTS)
-    wide, device = wide_dtype(image), image.device
-    if not image.is_cuda:  # a CPU's matrix product has no float32 result for half precision
-        image, text = image.to(wide), text.to(wide)
-    scale, bias = logit_scale.to(wide).exp(), logit_bias.to(wide)
-    d_image = torch.zeros(image.shape if with_gradients else (), dtype=wide, device=device)
-    d_text = torch.empty(text.shape if with_gradients else (), dtype=wide, device=device)
-    if image_ids is not None:  # a few bytes a pair: every rank may have them all
-        all_ids = torch.empty(world, len(text), dtype=torch.int64, device=device)
-        dist.all_gather(list(all_ids), text_ids.to(torch.int64), group)
-        image_ids = image_ids.to(torch.int64)
+    sums = LossSums(pairs, with_gradients)
+    image, text = sums.image, sums.text
+    if pairs.image_ids is not None:  # a few bytes a pair: every rank may have them all
+        all_ids = torch.empty(world, len(text), dtype=torch.int64, device=text.device)
+        dist.all_gather(list(all_ids), pairs.text_ids.to(torch.int64), group)
+        image_ids = pairs.image_ids.to(torch.int64)
 
-    count = min(texts, len(text))
-    held, coming = (_Parcel(text[:count], wide, with_gradients) for _ in range(2))
-    d_here = torch.empty(held.texts.shape if with_gradients else (), dtype=wide, device=device)
-    parts = []
-    home = None  # where the gradient ends that is on its way
+    held, coming = (_Parcel(text[:texts], sums.d_text[:texts]) for _ in range(2))
+    d_block = torch.empty_like(held.gradient)
     for first in range(0, len(text), texts):
         columns = slice(first, first + texts)
         m = len(text[columns])  # the last block may be narrower, what travels may not
         held.texts[:m] = text[columns]
         for hop in range(world):
             source = (rank - hop) % world  # whose texts these are
-            follows = with_gradients and (hop > 0 or home is not None)
-            exchange = _pass_on(held, coming, hop < world - 1, follows, group)
-            here, d_part = held.texts[:m], d_here[:m].zero_() if with_gradients else None
+            exchange = _pass_on(held, coming, hop < world - 1, first > 0 or hop > 0, group)
+            d_block.zero_()
             for i in range(0, len(image), images):
                 rows = slice(i, i + images)
-                if image_ids is None:
-                    positive = (rank * len(image) + i) - (source * len(text) + first)
-                else:
+                positive = (rank * len(image) + i) - (source * len(text) + first)
+                if pairs.image_ids is not None:
                     positive = image_ids[rows, None] == all_ids[source, columns]
-                sums = (d_image[rows], d_part) if with_gradients else None
-                part = sigmoid_loss_block(image[rows], here, scale, bias, positive, sums)
-                parts.append(part)
+                sums.add(rows, held.texts[:m], positive, d_block[:m])
             for work in exchange:
                 work.wait()
-            if with_gradients:
-                if hop:  # what the ranks before found for these texts
-                    coming.gradient[:m] += d_part
-                else:  # what all ranks found for the texts before
-                    if home is not None:
-                        home.copy_(coming.gradient)
-                    coming.gradient[:m] = d_part
+            if hop:
+                coming.gradient[:m] += d_block[:m]
+            else:  # what came is the whole gradient of this rank's block before
+                if first:
+                    sums.d_text[first - texts : first] = coming.gradient
+                coming.gradient[:m] = d_block[:m]
             held, coming = coming, held
-        home = d_text[columns] if with_gradients else None
-    if with_gradients:
-        for work in _pass_on(held, coming, False, True, group):
-            work.wait()
-        home.copy_(coming.gradient[: len(home)])
-    return finished(parts, image, d_image, d_text, scale, with_gradients)
+    for work in _pass_on(held, coming, False, True, group):
+        work.wait()
+    sums.d_text[columns] = coming.gradient[:m]
+    return sums.loss_and_gradients()
 
 
 class _Parcel:
-    """Texts, and the gradient that follows its texts one rank behind: in one piece, as each message costs time."""
+    """Room for texts and for a gradient like these: in one piece, as each message costs time."""
 
-    def __init__(self, like: Tensor, wide: torch.dtype, with_gradients: bool) -> None:
-        self._cut = like.numel() * wide.itemsize if with_gradients else 0
-        size = self._cut + like.numel() * like.element_size()
-        self._bytes = torch.empty(size, dtype=torch.uint8, device=like.device)
-        shape = (*like.shape[:-1], -1)
-        self.gradient = self._bytes[: self._cut].view(wide).view(shape) if with_gradients else None
-        self.texts = self._bytes[self._cut :].view(like.dtype).view(shape)
+    def __init__(self, texts: Tensor, gradient: Tensor) -> None:
+        self._cut = gradient.nbytes
+        self._bytes = torch.empty(self._cut + texts.nbytes, dtype=torch.uint8, device=texts.device)
+        self.gradient = self._bytes[: self._cut].view(gradient.dtype).view(gradient.shape)
+        self.texts = self._bytes[self._cut :].view(texts.dtype).view(texts.shape)
 
     def part(self, texts: bool, gradient: bool) -> Tensor:
         """Return the bytes of what shall travel."""
@@ -169,53 +141,40 @@ def _pass_on(
     held: _Parcel, coming: _Parcel, texts: bool, gradient: bool, group: dist.ProcessGroup | None
 ) -> list[dist.Work]:
     """Begin to send a parcel to the next rank, and to fill another from the one before; both stay until waited for."""
-    if not texts and not gradient:
-        return []
     leaving, arriving = held.part(texts, gradient), coming.part(texts, gradient)
+    if not len(leaving):
+        return []
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     if world == 1:  # what leaves has arrived
         arriving.copy_(leaving)
         return []
-    everyone = group or dist.group.WORLD
-    after = dist.get_global_rank(everyone, (rank + 1) % world)
-    before = dist.get_global_rank(everyone, (rank - 1) % world)
-    sends = dist.P2POp(dist.isend, leaving, after, group)
-    receives = dist.P2POp(dist.irecv, arriving, before, group)
-    return dist.batch_isend_irecv([sends, receives])
+    after, before = (
+        dist.get_global_rank(group or dist.group.WORLD, (rank + step) % world) for step in (1, -1)
+    )
+    send = dist.P2POp(dist.isend, leaving, after, group)
+    receive = dist.P2POp(dist.irecv, arriving, before, group)
+    return dist.batch_isend_irecv([send, receive])
 
 
-def _recorded(learned: tuple[Tensor, ...]) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in learned)
-
-
-def _check_all_ranks(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    chunk: int | None,
-    group: dist.ProcessGroup | None,
-) -> None:
+def _check_all_ranks(pairs: Pairs, chunk: int | None, group: dist.ProcessGroup | None) -> None:
     """Raise on every rank if one has wrong arguments, or others than the rest: else some would wait for ever."""
     world = dist.get_world_size(group)
     names = ("refused", "images", "texts", "channels", "bits", "ids", "chunk", "gradients")
-    refused, mine = None, [1] + [0] * (len(names) - 1)
+    wrong, mine = None, [1] + [0] * (len(names) - 1)
     try:
-        check_arguments(image, text, logit_scale, logit_bias, image_ids, text_ids)
+        check_pairs(pairs)
         block = 0 if chunk is None else positive_int("chunk", chunk)
+        image, text, ids = pairs.image, pairs.text, pairs.image_ids
         # bfloat16 and float16 both have 16
         kind = torch.finfo(image.dtype).bits + (image.dtype == torch.float16)
-        recorded = _recorded((image, text, logit_scale, logit_bias))
-        mine = [0, *image.shape[:1], *text.shape, kind, image_ids is not None, block, recorded]
+        mine = [0, len(image), *text.shape, kind, ids is not None, block, pairs.recorded()]
     except (TypeError, ValueError) as error:
-        refused = error
+        wrong = error
     where = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
     table = torch.empty(world, len(names), dtype=torch.int64, device=where)
     dist.all_gather(list(table), torch.tensor(mine, dtype=torch.int64, device=where), group)
-    if refused:
-        raise refused
+    if wrong:
+        raise wrong
     columns = dict(zip(names, table.T.tolist(), strict=True))
     if 1 in columns["refused"]:
         raise ValueError(f"the arguments of rank {columns['refused'].index(1)} were refused there")

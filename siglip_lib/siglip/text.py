@@ -17,7 +17,7 @@ from siglip_lib.tower.weight_init import init_rule, lecun_normal_, named_apply, 
 
 PAD, EOS, UNKNOWN = 0, 1, 2  # as in SigLIP's vocabulary; the first is never used
 # SentencePiece leaves out of a training, without a word, lines of more bytes and those with its sign for the unknown
-_LINE, _SIGN = 4192, "▅"
+_LONGEST_LINE, _UNKNOWN_SIGN = 4192, "▅"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -96,7 +96,7 @@ def train_tokenizer(captions: Iterable[str], path: str | Path, vocab_size: int) 
     from sentencepiece import SentencePieceTrainer
 
     vocab_size = count("vocab_size", vocab_size, least=4)
-    texts = [text.replace(_SIGN, " ") for text in _strings("captions", captions)]
+    texts = [text.replace(_UNKNOWN_SIGN, " ") for text in _strings("captions", captions)]
     lines = [line for text in texts for line in _lines(canonicalize(text))]
     if not lines:
         raise ValueError("captions hold no text")
@@ -123,10 +123,10 @@ def train_tokenizer(captions: Iterable[str], path: str | Path, vocab_size: int) 
 
 def _lines(text: str) -> list[str]:
     """The text in as many lines as SentencePiece needs; pieces end at spaces, so it is cut there where it can be."""
-    if len(text.encode()) <= _LINE:
+    if len(text.encode()) <= _LONGEST_LINE:
         return [text] if text else []
     # a character has at most 4 bytes
-    return textwrap.wrap(text, _LINE // 4, break_on_hyphens=False)
+    return textwrap.wrap(text, _LONGEST_LINE // 4, break_on_hyphens=False)
 
 
 def _strings(name: str, texts: Iterable[str]) -> list[str]:
@@ -186,18 +186,10 @@ class TextTransformer(nn.Module):
         width = positive_int("width", width)
         self.token_embed = nn.Embedding(positive_int("vocab_size", vocab_size), width)
         self.pos_embed = nn.Parameter(torch.zeros(1, context_length, width))
+        kind = dict(qkv_bias=True, act_layer=GELU_TANH, norm_layer=LAYER_NORM)
+        depth = positive_int("depth", depth)
         self.blocks = nn.Sequential(
-            *(
-                Block(
-                    width,
-                    num_heads,
-                    mlp_ratio,
-                    qkv_bias=True,
-                    act_layer=GELU_TANH,
-                    norm_layer=LAYER_NORM,
-                )
-                for _ in range(positive_int("depth", depth))
-            )
+            *(Block(width, num_heads, mlp_ratio, **kind) for _ in range(depth))
         )
         self.norm = LAYER_NORM(width)
         self.head = nn.Linear(width, positive_int("embed_dim", embed_dim))

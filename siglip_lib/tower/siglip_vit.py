@@ -1,35 +1,69 @@
 """SigLIP's image towers by name."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from siglip_lib.base.checks import positive_int
 from siglip_lib.tower.checkpoints import load_weights
 from siglip_lib.tower.vision_transformer import VisionTransformer
 
 
 @dataclass(frozen=True)
 class SigLIPVisionConfig:
-    """Sizes of an image tower; ``mlp_ratio`` times ``width``, rounded down, is the MLP's hidden width."""
+    """Sizes of an image tower, each an int of at least 1; ``width`` is a multiple of ``heads``.
+
+    ``mlp_hidden`` is the number of hidden channels of each MLP.
+    """
 
     image_size: int
     patch_size: int
     width: int
     layers: int
     heads: int
-    mlp_ratio: float
+    mlp_hidden: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():  # NumPy's numbers can't be stored as JSON
+            object.__setattr__(self, name, positive_int(name, value))
+        self._check_heads("width", "heads")
+
+    def _check_heads(self, width: str, heads: str) -> None:
+        sizes = asdict(self)
+        if sizes[width] % sizes[heads]:
+            raise ValueError(f"{width}={sizes[width]} must be a multiple of {heads}={sizes[heads]}")
+
+    def tower_arguments(self) -> dict[str, object]:
+        """Return what ``VisionTransformer`` is built with: no class token, pooled by attention, no classifier."""
+        return dict(
+            img_size=self.image_size,
+            patch_size=self.patch_size,
+            embed_dim=self.width,
+            depth=self.layers,
+            num_heads=self.heads,
+            mlp_ratio=mlp_ratio(self.mlp_hidden, self.width),
+            class_token=False,
+            global_pool="map",
+            num_classes=0,
+        )
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """Return the ``mlp_ratio`` that gives ``hidden`` channels: half a channel more, as it is rounded down."""
+    return (hidden + 0.5) / width
 
 
 # Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 4; SO400M's shape: Alabdulmohsin et al.,
 # Getting ViT in Shape (2023).
 SIGLIP_CONFIGS = {
-    "siglip_base_patch16_224": SigLIPVisionConfig(224, 16, 768, 12, 12, 4.0),
-    "siglip_base_patch16_384": SigLIPVisionConfig(384, 16, 768, 12, 12, 4.0),
-    "siglip_large_patch16_224": SigLIPVisionConfig(224, 16, 1024, 24, 16, 4.0),
-    "siglip_large_patch16_384": SigLIPVisionConfig(384, 16, 1024, 24, 16, 4.0),
-    "siglip_so400m_patch14_224": SigLIPVisionConfig(224, 14, 1152, 27, 16, 3.7362),
-    "siglip_so400m_patch14_384": SigLIPVisionConfig(384, 14, 1152, 27, 16, 3.7362),
+    "siglip_base_patch16_224": SigLIPVisionConfig(224, 16, 768, 12, 12, 3072),
+    "siglip_base_patch16_384": SigLIPVisionConfig(384, 16, 768, 12, 12, 3072),
+    "siglip_large_patch16_224": SigLIPVisionConfig(224, 16, 1024, 24, 16, 4096),
+    "siglip_large_patch16_384": SigLIPVisionConfig(384, 16, 1024, 24, 16, 4096),
+    "siglip_so400m_patch14_224": SigLIPVisionConfig(224, 14, 1152, 27, 16, 4304),
+    "siglip_so400m_patch14_384": SigLIPVisionConfig(384, 14, 1152, 27, 16, 4304),
 }
 
 
@@ -59,31 +93,20 @@ def create_siglip_vit(
         raise ValueError(
             f"model_name={model_name!r} is unknown; allowed are {', '.join(SIGLIP_CONFIGS)}"
         )
-    config = SIGLIP_CONFIGS[model_name]
-    arguments: dict[str, object] = dict(
-        img_size=config.image_size if image_size is None else image_size,
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.layers,
-        num_heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
-        class_token=False,
-        global_pool="map",
-        num_classes=0,
-    )
+    arguments = SIGLIP_CONFIGS[model_name].tower_arguments()
+    if image_size is not None:
+        arguments["img_size"] = image_size
     arguments |= kwargs
     depth = arguments["depth"]
     if type(select_layer) is not int or not 1 <= abs(select_layer) <= depth:
         raise ValueError(
             f"select_layer={select_layer}; allowed are 1 to {depth} and -{depth} to -1"
         )
-    if ckpt_path:
-        # weights that will be overwritten need not be drawn
-        with torch.device("meta"):
-            model = VisionTransformer(**arguments)
-        load_weights(model.to_empty(device=torch.get_default_device()), ckpt_path)
-    else:
+    # weights that will be overwritten need not be drawn
+    with torch.device("meta") if ckpt_path else nullcontext():
         model = VisionTransformer(**arguments)
+    if ckpt_path:
+        load_weights(model.to_empty(device=torch.get_default_device()), ckpt_path)
     keep = select_layer if select_layer > 0 else depth + select_layer + 1
     model.blocks = model.blocks[:keep]
     return model
