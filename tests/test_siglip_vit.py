@@ -202,6 +202,15 @@ def test_every_hidden_width_comes_out_of_its_ratio():
         assert [int(width * mlp_ratio(h, width)) for h in hidden] == [*hidden]
 
 
+def test_another_width_keeps_the_ratio_of_the_tower():
+    # timm's arguments; 368 and 1552 would come out one wider of the ratio of 4304.5 channels
+    ratios = {"base_patch16_224": 4.0, "large_patch16_384": 4.0, "so400m_patch14_384": 3.7362}
+    for name, ratio in ratios.items():
+        config = SIGLIP_CONFIGS[f"siglip_{name}"]
+        ours = mlp_ratio(config.mlp_hidden, config.width)
+        assert all(int(width * ours) == int(width * ratio) for width in range(16, 6000))
+
+
 def test_another_depth_counts_for_the_selection(tiny):
     assert len(create_siglip_vit(tiny, depth=3, select_layer=-2).blocks) == 2
     with pytest.raises(ValueError, match="allowed are 1 to 3 and -3 to -1"):
