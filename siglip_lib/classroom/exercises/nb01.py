@@ -29,17 +29,14 @@ def beyond(answer) -> str | None:
 @exercise("01.2")
 def truncated_std(answer) -> str | None:
     two = answered(answer(2.0))
-    density, share, one_side = 0.0539910, 0.9544997, 0.9772499
+    density, share, phi = 0.0539910, 0.9544997, 0.9772499
+    half, by_phi = 1 - 2 * density / share, 1 - 4 * density / phi
     mistakes = {
         "that is the variance; the standard deviation is its square root": 0.7737413,
         "cutting both ends off makes the spread smaller than 1": 1.0,
         "that is the factor to raise std by; return its inverse": 1 / 0.8796257,
-        "the factor 2 c is 4 at c = 2; you have only part of it": math.sqrt(
-            1 - 2 * density / share
-        ),
-        "divide by 2 Phi(c) - 1, the share inside, not by Phi(c)": math.sqrt(
-            1 - 4 * density / one_side
-        ),
+        "the factor 2 c is 4 at c = 2; you have only part of it": half**0.5,
+        "divide by 2 Phi(c) - 1, the share inside, not by Phi(c)": by_phi**0.5,
     }
     if reason := first_match(two, mistakes, near(1e-4)):
         return reason

@@ -13,14 +13,14 @@ def kaiming_std(answer) -> str | None:
     for fan_in, a in ((1152, math.sqrt(5)), (4304, math.sqrt(5)), (1152, 0.0), (96, 2.0)):
         found = answered(answer(fan_in, a))
         right = math.sqrt(2 / ((1 + a * a) * fan_in))
+        bound = right * math.sqrt(3)
         if _close(found, right):
             continue
         call = f"kaiming_std({fan_in}, {a:.3f}) is {found:.5f}, not {right:.5f}"
         mistakes = {
-            "that is the bound; a uniform draw's standard deviation is the bound / sqrt(3)": right
-            * math.sqrt(3),
+            "that is the bound; a uniform draw's standard deviation is the bound / sqrt(3)": bound,
             "that is the variance; the standard deviation is its square root": right**2,
-            "the bound was divided by 3; divide it by sqrt(3)": right / math.sqrt(3),
+            "the bound was divided by 3; divide it by sqrt(3)": bound / 3,
             "a enters squared": math.sqrt(2 / ((1 + a) * fan_in)),
             "right for a = sqrt(5) only; a must enter": (3 * fan_in) ** -0.5,
         }
@@ -34,25 +34,21 @@ def kaiming_std(answer) -> str | None:
 def relu_std(answer) -> str | None:
     for fan_in in (1152, 4304, 96):
         found = answered(answer(fan_in))
-        right = math.sqrt(2 / fan_in)
+        right, plain = math.sqrt(2 / fan_in), math.sqrt(1 / fan_in)
         if _close(found, right):
             continue
         call = f"relu_std({fan_in}) is {found:.5f}"
         mistakes = {
             "that is the variance; the standard deviation is its square root": right**2,
-            "that keeps the size without a ReLU; with it 27 layers leave 1/11,600 of it": fan_in
-            ** -0.5,
-            "the ReLU halves the mean square already; the Linear must double it": math.sqrt(
-                0.5 / fan_in
-            ),
-            "half of the mean square is lost, so the gain is sqrt(2), not 2": 2 * fan_in**-0.5,
+            "that keeps the size without a ReLU; with it 27 layers leave 1/11,600 of it": plain,
+            "the ReLU halves the mean square already; the Linear must double it": right / 2,
+            "half of the mean square is lost, so the gain is sqrt(2), not 2": 2 * plain,
         }
         if reason := first_match(found, mistakes, _close):
             return f"{call}: {reason}"
         factor = found * math.sqrt(fan_in / 2)
-        return (
-            f"{call}: each layer with its ReLU then multiplies the size by {factor:.3f}, not by 1"
-        )
+        each = "each layer with its ReLU then multiplies the size by"
+        return f"{call}: {each} {factor:.3f}, not by 1"
     return None
 
 
@@ -80,10 +76,6 @@ def init_std(answer) -> str | None:
         if found is None:
             return f"init_std({name!r}) is None; every Linear needs a std"
         if not _close(found, right):
-            where = (
-                "the last Linear of a branch"
-                if right == small
-                else "not the last Linear of a branch"
-            )
-            return f"init_std({name!r}) is {found:.5f}, not {right:.5f}: it is {where}"
+            is_last = "" if right == small else "not "
+            return f"init_std({name!r}) is {found:.5f}, not {right:.5f}: it is {is_last}the last Linear of a branch"
     return None

@@ -75,13 +75,12 @@ def attend_in_chunks(answer) -> str | None:
         return (q @ k.T * scale).softmax(-1) @ v
 
     chunks = torch.stack([right(q, *part) for part in zip(k.split(8), v.split(8), strict=True)])
+    added = chunks.sum(0)
     mistakes = {
         "the scores lack the scale 1 / sqrt(head_dim)": right(q, k, v, 1.0),
         "only the last chunk counts; add to what the earlier ones gave": right(q, k[-8:], v[-8:]),
         "each chunk has a softmax of its own here; one sum must run over all keys": chunks.mean(0),
-        "each chunk has a softmax of its own here, and their results are added; divide once, at the end": chunks.sum(
-            0
-        ),
+        "each chunk has a softmax of its own here, and their results are added; divide once, at the end": added,
     }
     if reason := first_match(found, mistakes, same):
         return reason

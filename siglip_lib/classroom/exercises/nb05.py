@@ -32,14 +32,13 @@ def expected_blocks(answer) -> str | None:
 @exercise("05.2")
 def drop_path_std(answer) -> str | None:
     found = float(answered(answer(0.2)))
-    mean_square = 1.25
+    root = math.sqrt(1.25)
     mistakes = {
         "that is the variance; the standard deviation is its square root": 0.25,
         "that is without the division by 1 - p: what is kept is 1 / (1 - p), not 1": 0.4,
         "that is the variance, and of a DropPath that does not divide by 1 - p": 0.16,
         "p and 1 - p are exchanged: more dropping must make more noise": 2.0,
-        "that is the root of the mean square; take off the square of the mean, which is 1": mean_square
-        ** 0.5,
+        "that is the root of the mean square; take off the square of the mean, which is 1": root,
     }
     if reason := first_match(found, mistakes, near(1e-4)):
         return reason

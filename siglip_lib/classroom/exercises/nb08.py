@@ -31,12 +31,12 @@ def parameters(answer) -> str | None:
     found, right = answered(answer(*_SO400M)), _parameters(*_SO400M)
     if not is_number(found):
         return f"your function returns {found!r}; it must return a number"
+    two = 2 * width
     too_few = {
         "the pooling head is missing": 15_238_352,
         "that counts the head as a block; it has one norm less, and the latent": -width,
         "one vector of the width is missing: the latent, a bias, or one half of a norm": width,
-        "a norm is missing, or its bias and another one: the last norm, or the head's own": 2
-        * width,
+        "a norm is missing, or its bias and another one: the last norm, or the head's own": two,
         "the position embeddings are missing": tokens * width,
         "a patch has three colours": 2 * patch * patch * width,
         "there are several blocks, not one": (layers - 1) * 15_239_504,

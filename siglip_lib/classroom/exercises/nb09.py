@@ -23,14 +23,12 @@ def balanced(answer) -> str | None:
     found = answered(answer(8, 12, 10))
     if not is_number(found):
         return f"your function returns {found!r}; it must return a number"
-    right = math.log(10 / 86)
+    right, square = math.log(10 / 86), -math.log(7)
     mistakes = {
         "the sign is wrong: there are more negatives than positives, so b is negative": -right,
         "that is the odds of a positive; b is the logarithm of that": 10 / 86,
         "push is of the pairs that are no positives: those are not all pairs": math.log(10 / 96),
-        "that is for 8 pictures with one text each; here pairs are 8 · 12, positives 10": -math.log(
-            7
-        ),
+        "that is for 8 pictures with one text each; here pairs are 8 · 12, positives 10": square,
         "without the negatives there is nothing to balance": math.log(10),
     }
     if reason := first_match(found, mistakes, near(1e-6)):
@@ -100,20 +98,17 @@ def in_halves(answer) -> str | None:
         given = (numbers[i], numbers[j]) if ids else ()
         return sigmoid_loss(x, y, *scalars, *given).item()
 
-    corners = part(0, 0) + part(1, 1)
-    crossed = corners + part(0, 1) + part(1, 0)
-    without_ids = sum(part(i, j, ids=False) for i in (0, 1) for j in (0, 1))
-    twice = tuple((corners + 2 * part(*one)) / 2 for one in ((0, 1), (1, 0)))
+    half, others = part(0, 0) + part(1, 1), (part(0, 1), part(1, 0))
+    crossed = half + sum(others)
+    quarter, corners = crossed / 4, (half / 2, half)
+    whole = sum(part(i, j, ids=False) for i in (0, 1) for j in (0, 1))
+    without_ids = whole / 2, whole
+    twice = tuple((half + 2 * other) / 2 for other in others)
     mistakes = {
         "every call divides by 4 pictures, and the whole loss by 8: twice too large": crossed,
-        "half of what it must be: every call divides by 4 pictures, the whole loss by 8": crossed
-        / 4,
-        "the first pictures are never asked about the second texts, nor the second about the first": (
-            (corners / 2, corners)
-        ),
-        "without ids the first picture and the fifth text are taken to belong together": (
-            (without_ids / 2, without_ids)
-        ),
+        "half of what it must be: every call divides by 4 pictures, the whole loss by 8": quarter,
+        "the first pictures are never asked about the second texts, nor the second about the first": corners,
+        "without ids the first picture and the fifth text are taken to belong together": without_ids,
         "one pair of halves comes twice, and another never": twice,
     }
     right = sigmoid_loss(*learned)

@@ -32,20 +32,18 @@ def mass(answer) -> str | None:
         return None
     swapped = _inside(4, 6, boxes[:, [1, 0, 3, 2]], 24)
     with_end = _inside(4, 6, boxes + torch.tensor([0, 0, 1e-3, 1e-3]), 24)
-    sums = right * total
+    sums, exchanged = right * total, (maps * swapped).sum((1, 2))
     mistakes = {
         "that is the sum inside the box; divide it by the map's own sum": sums,
         "divide by the sum of each map, not by that of all maps": sums / maps.sum(),
         "that counts patches; the map's values must decide": inside.float().mean((1, 2)),
         "that is the mean inside the box, not its share of the whole": sums / inside.sum((1, 2)),
-        "x and y are swapped: a box is x0, y0, x1, y1, and x runs along the columns": (
-            (maps * swapped).sum((1, 2)) / total
-        ),
+        "x and y are swapped: a box is x0, y0, x1, y1, and x runs along the columns": exchanged
+        / total,
         "a centre at x1 or y1 is outside": (maps * with_end).sum((1, 2)) / total,
     }
-    return first_match(found.float(), mistakes) or (
-        "the shares are wrong; is a patch inside when its centre is, in pixels and not in patches?"
-    )
+    rule = "is a patch inside when its centre is, in pixels and not in patches?"
+    return first_match(found.float(), mistakes) or f"the shares are wrong; {rule}"
 
 
 @exercise("11.2")
@@ -79,9 +77,8 @@ def keeping(answer) -> str | None:
         "a row says where a token looks; you follow the columns": roll(transposed, 0.8),
         "take the mean over the heads": roll(back, 0.8, lambda w: w.amax(1)),
     }
-    if reason := first_match(found, mistakes, same):
-        return reason
-    return "the map is wrong; each block must turn r into keep * r + (1 - keep) * r @ A"
+    rule = "each block must turn r into keep * r + (1 - keep) * r @ A"
+    return first_match(found, mistakes, same) or f"the map is wrong; {rule}"
 
 
 @exercise("11.3")
@@ -129,6 +126,5 @@ def squares(answer) -> str | None:
     same = partial(torch.allclose, atol=1e-5)
     if same(found, right):
         return None
-    if reason := first_match(found, mistakes, same):
-        return reason
-    return "the scores are wrong; is all white but the rows and columns of pixels of one square?"
+    rule = "is all white but the rows and columns of pixels of one square?"
+    return first_match(found, mistakes, same) or f"the scores are wrong; {rule}"

@@ -94,11 +94,10 @@ def resident(answer) -> str | None:
         return f"your function returns {found[0]!r}; it must return a number"
     if found == [_resident(*case) for case in cases]:
         return None
+    no_files = dict(files=False)
     mistakes = {
         "the shared memory is forgotten: count q, k and v": dict(shared=False),
-        "the registers are forgotten: a program has some for each of its threads": dict(
-            files=False
-        ),
+        "the registers are forgotten: a program has some for each of its threads": no_files,
         "a program has its registers for each of its threads": dict(per_thread=False),
         "every program loses 1 KiB of shared memory to the system": dict(lost=0),
         "k and v both lie in shared memory; you count one of them": dict(tensors=1),

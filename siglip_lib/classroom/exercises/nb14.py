@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,11 @@ from siglip_lib.siglip.losses import sigmoid_loss
 
 @exercise("14.1")
 def meets(answer) -> str | None:
-    found = [[answered(answer(i, j, 5)) for j in range(5)] for i in range(5)]
-    right = [[(i - j) % 5 for j in range(5)] for i in range(5)]
+    def hops(hop: Callable[[int, int], object]) -> list[list[object]]:
+        return [[hop(i, j) for j in range(5)] for i in range(5)]
+
+    found = hops(lambda i, j: answered(answer(i, j, 5)))
+    right = hops(lambda i, j: (i - j) % 5)
     for hop in (hop for row in found for hop in row):
         if isinstance(hop, bool) or not isinstance(hop, int):
             return f"your function returns {hop!r}; a hop is an integer"
@@ -22,28 +26,19 @@ def meets(answer) -> str | None:
         if answer(1, 6, 7) != 2:
             return "right for 5 ranks, but not for 7: is a number fixed in your code?"
         return None
-    hops = {
-        "those are hops of texts that go to the rank before; they go to the next one": (
-            lambda i, j: (j - i) % 5
-        ),
-        "where the texts come from a higher rank yours is negative: they go on from the last rank to rank 0": (
-            lambda i, j: i - j
-        ),
-        "the distance of the two ranks is not enough: texts go round one way only": (
-            lambda i, j: abs(i - j)
-        ),
-        "one too many: at hop 0 each rank has its own texts": lambda i, j: (i - j) % 5 + 1,
-    }
+    backwards = hops(lambda i, j: (j - i) % 5)
+    negative, distance = hops(lambda i, j: i - j), hops(lambda i, j: abs(i - j))
     mistakes = {
-        reason: [[hop(i, j) for j in range(5)] for i in range(5)] for reason, hop in hops.items()
+        "those are hops of texts that go to the rank before; they go to the next one": backwards,
+        "where the texts come from a higher rank yours is negative: they go on from the last rank to rank 0": negative,
+        "the distance of the two ranks is not enough: texts go round one way only": distance,
+        "one too many: at hop 0 each rank has its own texts": hops(lambda i, j: (i - j) % 5 + 1),
     }
     if reason := first_match(found, mistakes, operator.eq):
         return reason
     i, j = next((i, j) for i in range(5) for j in range(5) if found[i][j] != right[i][j])
-    return (
-        f"of 5 ranks: the images of rank {i} meet the texts of rank {j} at hop {right[i][j]}, "
-        f"you say {found[i][j]}"
-    )
+    meet = f"the images of rank {i} meet the texts of rank {j} at hop {right[i][j]}"
+    return f"of 5 ranks: {meet}, you say {found[i][j]}"
 
 
 @exercise("14.2")
@@ -125,21 +120,19 @@ def rank_loss(answer) -> str | None:
         sigmoid_loss(x, y, *learned[2:])
         for x, y in zip(image.split(pairs), texts.split(pairs), strict=True)
     )
-    images = world * pairs
+
+    def per_image(products: torch.Tensor) -> torch.Tensor:
+        return -F.logsigmoid(products).sum() / (world * pairs)
+
+    first, begun = per_image(shifted * logits), per_image(beginning * logits)
     mistakes = {
         "averaging divides by the number of ranks; you have done so already": right / world,
         "the sum over pairs has to be divided by this rank's number of images": right * pairs,
         "that is too large by the number of ranks: who adds up what?": right * world,
         "divide by the number of images, not of pairs": -F.logsigmoid(z * logits).mean(),
-        "on every rank you take the first texts for its own: image i's text is number rank · B + i": (
-            -F.logsigmoid(shifted * logits).sum() / images
-        ),
-        "the diagonal of a rank's own texts begins at column rank · B": (
-            -F.logsigmoid(beginning * logits).sum() / images
-        ),
-        "logit_scale is t', and the temperature its exponential": (
-            -F.logsigmoid(z * colder).sum() / images
-        ),
+        "on every rank you take the first texts for its own: image i's text is number rank · B + i": first,
+        "the diagonal of a rank's own texts begins at column rank · B": begun,
+        "logit_scale is t', and the temperature its exponential": per_image(z * colder),
         "a rank's images are never asked about the others' texts": own / world,
     }
     value = total.item()
