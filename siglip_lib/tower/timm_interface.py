@@ -18,10 +18,8 @@ class TimmInterface(nn.Module):
     @property
     def feature_info(self) -> list[dict[str, object]]:
         """What ``forward_intermediates`` gives for each block, in timm's form: module, channels, pixels of a patch."""
-        return [
-            {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": self._reduction}
-            for i in range(len(self.blocks))
-        ]
+        each = {"num_chs": self.embed_dim, "reduction": self._reduction}
+        return [{"module": f"blocks.{i}", **each} for i in range(len(self.blocks))]
 
     def get_intermediate_layers(
         self,
@@ -188,9 +186,8 @@ class TimmInterface(nn.Module):
         if not self.is_first_stage or not self.is_last_stage:
             raise ValueError("the model is one stage of a pipeline already")
         if not 1 <= pp_size <= depth or not 0 <= pp_rank < pp_size:
-            raise ValueError(
-                f"pp_size={pp_size} must lie in 1 to {depth} and pp_rank={pp_rank} in 0 to {pp_size - 1}"
-            )
+            allowed = f"1 to {depth} and pp_rank={pp_rank} in 0 to {pp_size - 1}"
+            raise ValueError(f"pp_size={pp_size} must lie in {allowed}")
         even = [depth // pp_size + (i < depth % pp_size) for i in range(pp_size)]
         splits = even if pp_splits is None else list(pp_splits)
         if len(splits) != pp_size or sum(splits) != depth or min(splits) < 0:
@@ -208,7 +205,7 @@ class TimmInterface(nn.Module):
         return self
 
     def _check_features(self, method: str, asks_for_grid: str | None) -> None:
-        """Refuse a stage of a pipeline, and the argument that asks for a grid while patches are being dropped."""
+        """Raise a ValueError on a stage of a pipeline, and where a grid is asked for while patches are dropped."""
         whole = self.is_first_stage and self.is_last_stage
         check_stage(whole, method, "the whole model, not a stage of it")
         if asks_for_grid and self.patch_drop.training and self.patch_drop.prob:
@@ -219,9 +216,8 @@ class TimmInterface(nn.Module):
         depth = len(self.blocks)
         numbers = list(range(-asked, 0) if isinstance(asked, Integral) else asked)
         if not numbers or not all(-depth <= i < depth for i in numbers):
-            raise ValueError(
-                f"{name}={asked!r} asks for blocks that are not there; there are {depth}"
-            )
+            asked = f"{name}={asked!r} asks for blocks that are not there"
+            raise ValueError(f"{asked}; there are {depth}")
         return [i % depth for i in numbers]
 
     def _after_blocks(
@@ -246,13 +242,13 @@ class TimmInterface(nn.Module):
 
 
 def check_stage(has: bool, method: str, part: str) -> None:
-    """Refuse a method on a stage of a pipeline that lacks the part of the model which the method needs."""
+    """Raise a ValueError if a stage of a pipeline lacks the part of the model that a method needs."""
     if not has:
         raise ValueError(f"{method} needs {part}")
 
 
 def check_pool(global_pool: str, has_class_token: bool) -> None:
-    """Refuse a pooling that is unknown or needs a class token that is not there."""
+    """Raise a ValueError if a pooling is unknown or needs a class token that is not there."""
     if global_pool not in POOLS:
         raise ValueError(f"global_pool={global_pool!r} is unknown; allowed are {POOLS}")
     if global_pool == "token" and not has_class_token:

@@ -109,8 +109,7 @@ class VisionTransformer(TimmInterface):
         num_recomputing_layers = count("num_recomputing_layers", num_recomputing_layers)
         if num_recomputing_layers > depth:
             raise ValueError(f"num_recomputing_layers={num_recomputing_layers}; depth is {depth}")
-        norm_layer = norm_layer or LAYER_NORM
-        act_layer = act_layer or GELU_TANH
+        norm_layer, act_layer = norm_layer or LAYER_NORM, act_layer or GELU_TANH
         # timm's names
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self._reduction = max(pair("patch_size", patch_size))

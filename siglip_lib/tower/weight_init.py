@@ -45,11 +45,7 @@ def init_weights_vit_timm(module: nn.Module, name: str = "") -> None:
     """Initialise one module in place: a Linear by the rule of the ViT, another by its own ``init_weights()``, if any.
 
     Linear: weight from a truncated normal of std .02 (bounds -2 and 2), bias zero. LayerNorm and activations are left
-    as they are.
-
-    Args:
-        module: the module to initialise.
-        name: its path; unused here, part of the signature that ``named_apply`` calls.
+    as they are. ``name``, the module's path, is unused here: ``named_apply`` calls with both.
 
     Source: Dosovitskiy et al., An Image is Worth 16x16 Words (2021), code; timm's ``init_weights_vit_timm``.
     """
