@@ -1,7 +1,6 @@
 """What the notebooks need to know of the machine: a device, a report, time and memory of a call."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import statistics

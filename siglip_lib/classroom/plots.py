@@ -117,10 +117,11 @@ def show_attention(
     side = math.isqrt(weights.numel())
     flat = weights.ndim == 1
     if flat and (side * side != weights.numel() or width != height):
-        raise ValueError(
-            f"weights has {weights.numel()} entries; it must be a square number of patches, and the picture of "
-            f"{width} x {height} pixels a square, or the weights (rows, columns)"
+        wanted = (
+            f"a square number of patches, and the picture of {width} x {height} pixels a square"
         )
+        wanted = f"it must be {wanted}, or the weights (rows, columns)"
+        raise ValueError(f"weights has {weights.numel()} entries; {wanted}")
     if weights.ndim not in (1, 2) or not weights.numel():
         raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be (rows, columns)")
     rows, columns = (side, side) if flat else weights.shape

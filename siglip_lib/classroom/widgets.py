@@ -67,7 +67,7 @@ def search_box(
         tokenizer: the model's.
         vectors: unit vectors (n, width) of the pictures, such as ``embed_pictures`` gives.
         pictures: called with a place in ``vectors``, returns its picture, as ``Emoji64.picture`` does.
-        titles: n texts to write below the pictures; no text if None.
+        titles: n strings to write below the pictures; nothing if None.
         count: pictures to show, at most n.
         query: what the field holds at first.
 

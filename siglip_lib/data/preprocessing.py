@@ -109,15 +109,13 @@ def _checked(name: str, image: Image) -> Image:
     """Return a PIL picture of a size and mode that can be converted."""
     from PIL import Image
 
-    width, height = image.size
+    found = f"{name}: a picture of {image.width} x {image.height}"
     if 0 in image.size:
-        raise ValueError(f"{name}: a picture of {width} x {height} has no pixels")
+        raise ValueError(f"{found} has no pixels")
     most = Image.MAX_IMAGE_PIXELS
-    if most is not None and width * height > most:
-        raise ValueError(
-            f"{name}: a picture of {width} x {height} has more than {most} pixels; make it smaller, "
-            "or raise PIL.Image.MAX_IMAGE_PIXELS if the memory is enough"
-        )
+    if most is not None and image.width * image.height > most:
+        advice = "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if the memory is enough"
+        raise ValueError(f"{found} has more than {most} pixels; {advice}")
     if image.mode not in MODES:
         allowed = f"{', '.join(MODES)}; scale to 0..255 and use image.convert('L')"
         raise ValueError(f"{name}: a picture of mode {image.mode!r} must be of {allowed}")

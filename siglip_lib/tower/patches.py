@@ -24,7 +24,7 @@ class PatchEmbed(nn.Module):
         embed_dim: channels D of a token.
         norm_layer: class of a norm on the tokens; none if None.
         bias: whether the projection has a bias.
-        strict_img_size: raise an error for any size but ``img_size``. Otherwise every multiple of the patch is taken too.
+        strict_img_size: raise an error for any size but ``img_size``; else every multiple of the patch is taken too.
         dynamic_img_pad: fill up with zeros, on the right and below, to whole patches.
 
     Shapes: pictures (B, C, H, W) to tokens (B, N, D), N = rows * columns of the grid, row by row.

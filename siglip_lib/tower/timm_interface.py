@@ -134,14 +134,13 @@ class TimmInterface(nn.Module):
         """
         check_stage(self.is_last_stage, "reset_classifier", "the last stage of a pipeline")
         num_classes = count("num_classes", num_classes)
-        if global_pool is not None:
-            check_pool(global_pool, self.has_class_token)
-            if global_pool == "map" and self.attn_pool is None:
-                raise ValueError("global_pool='map' needs a model that was built with it")
-            self.global_pool = global_pool
-            if global_pool != "map":
-                self.attn_pool = None
-        self.num_classes = num_classes
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_pool(global_pool, self.has_class_token)
+        if global_pool == "map" and self.attn_pool is None:
+            raise ValueError("global_pool='map' needs a model that was built with it")
+        if global_pool != "map":
+            self.attn_pool = None
+        self.global_pool, self.num_classes = global_pool, num_classes
         some = next(self.parameters())
         like = dict(device=some.device, dtype=some.dtype)
         self.head = nn.Linear(self.embed_dim, num_classes, **like) if num_classes else nn.Identity()
@@ -223,7 +222,7 @@ class TimmInterface(nn.Module):
     def _after_blocks(
         self, x: Tensor, numbers: list[int], end: int, norm: bool, as_grid: bool
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Run the first ``end`` blocks; return patch and prefix tokens after ``numbers``, and what came last."""
+        """Run ``end`` blocks; return patch and prefix tokens after those of these numbers, and the last tokens."""
         seen: dict[str, Tensor] = {}
         last = self._run_blocks(x, end, seen)
         grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
