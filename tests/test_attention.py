@@ -10,7 +10,9 @@ from torch import nn
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
-from siglip_lib import Attention, AttentionMaps, Block, attention_maps, backends
+from siglip_lib import Attention, Block, attention_maps
+from siglip_lib.backends import table as backends
+from siglip_lib.tower.attention import AttentionMaps
 
 BACKENDS = ("auto", "sdpa", "eager")
 

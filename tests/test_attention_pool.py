@@ -11,7 +11,8 @@ from comparing import assert_same, randomized
 from scipy import stats
 from torch import nn
 
-from siglip_lib import AttentionPoolLatent, attention_maps, attention_pool
+from siglip_lib import AttentionPoolLatent, attention_maps
+from siglip_lib.tower import attention_pool
 
 BACKENDS = ("auto", "sdpa", "eager")
 GELU_TANH = partial(nn.GELU, approximate="tanh")

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 import siglip_lib
-from siglip_lib import checks
+from siglip_lib.base import checks
 from siglip_lib.base.checks import finite_tensors
+from siglip_lib.tower.patches import PatchDropout
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -77,7 +78,7 @@ def numbers_of(module):
         lambda i, f: siglip_lib.LayerScale(i(8), f(0.5)),
         lambda i, f: siglip_lib.Mlp(i(8), i(16), i(4), drop=(f(0.5), f(0.25))),
         lambda i, f: siglip_lib.PatchEmbed((i(8), i(8)), i(4), i(3), i(8)),
-        lambda i, f: siglip_lib.PatchDropout(f(0.5)),
+        lambda i, f: PatchDropout(f(0.5)),
         lambda i, f: siglip_lib.TextTransformer(i(9), i(5), i(8), i(1), i(2), f(2.0), i(4)),
         lambda i, f: siglip_lib.VisionTransformer(
             i(8),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from siglip_lib import emoji64
+from siglip_lib.data import emoji64
 from siglip_lib.data.emoji64 import (
     KEYWORD_TEMPLATES,
     TEMPLATES,

@@ -8,7 +8,8 @@ import torch
 from comparing import assert_same, randomized
 from torch import nn
 
-from siglip_lib import PatchDropout, PatchEmbed, resample_abs_pos_embed
+from siglip_lib import PatchEmbed, resample_abs_pos_embed
+from siglip_lib.tower.patches import PatchDropout
 
 EMBEDS = [
     ({}, (24, 24)),

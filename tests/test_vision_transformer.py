@@ -26,12 +26,12 @@ from siglip_lib import (
     PatchEmbed,
     VisionTransformer,
     attention_maps,
-    backends,
     create_siglip_vit,
     save_weights,
-    trunc_normal,
-    vision_transformer,
 )
+from siglip_lib.backends import table as backends
+from siglip_lib.base.interval import inner_bounds
+from siglip_lib.tower import vision_transformer
 
 SMALL = {"img_size": 24, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 MAP = {"class_token": False, "global_pool": "map", "num_classes": 0}
@@ -198,7 +198,7 @@ def test_so400m_is_transformers_and_timms_in_float32(tmp_path):
 
 
 def test_so400m_on_the_meta_device():
-    trunc_normal.inner_bounds.cache_clear()  # as in a new process
+    inner_bounds.cache_clear()  # as in a new process
     with torch.device("meta"):
         model = create_siglip_vit()
         assert model(torch.empty(2, 3, 384, 384)).shape == (2, 1152)

@@ -32,11 +32,10 @@ def count(name: str, value: int, least: int = 0) -> int:
 
 def pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """Return ``value`` as (height, width), each an integer of at least 1; one number stands for both."""
-    if isinstance(value, (tuple, list)):
-        if len(value) != 2:
-            raise ValueError(f"{name}={value!r} must be one int or two: height and width")
-        return positive_int(name, value[0]), positive_int(name, value[1])
-    return (positive_int(name, value),) * 2
+    both = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(both) != 2:
+        raise ValueError(f"{name}={value!r} must be one int or two: height and width")
+    return positive_int(name, both[0]), positive_int(name, both[1])
 
 
 def finite(name: str, value: float) -> float:
@@ -67,7 +66,7 @@ def plain_shape(x: Tensor) -> tuple[int, ...]:
 
 
 def finite_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors with elements that are NaN or infinite, naming a few; ``where`` begins the message."""
+    """Raise a ValueError if elements are NaN or infinite. It begins with ``where`` and names a few of the tensors."""
     bad = [name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
     if bad:
         names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
@@ -75,7 +74,7 @@ def finite_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_tensor(name: str, x: Tensor, shape: str, integers: bool = False) -> None:
-    """Refuse what is no tensor of floats, or of integers; ``shape`` says which one and what gives such a tensor."""
+    """Raise a TypeError unless ``x`` is a tensor of floats, or of integers. Its message ends with ``shape``."""
     kind = "integers" if integers else "floats"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: {type(x).__name__} found; it must be a tensor of {kind}, {shape}")
@@ -84,7 +83,7 @@ def check_tensor(name: str, x: Tensor, shape: str, integers: bool = False) -> No
 
 
 def check_pictures(name: str, x: Tensor, channels: int | None = None) -> None:
-    """Refuse what is no tensor of pictures (B, channels, H, W); with any number of channels if None."""
+    """Raise an error unless ``x`` are pictures (B, channels, H, W), with any number of channels if None."""
     wanted = f"(B, {channels or 'C'}, H, W)"
     check_tensor(name, x, f"{wanted}, such as preprocess makes of pictures")
     shape = plain_shape(x)
@@ -94,7 +93,7 @@ def check_pictures(name: str, x: Tensor, channels: int | None = None) -> None:
 
 
 def check_tokens(name: str, x: Tensor, width: int) -> None:
-    """Refuse what is no tensor of tokens (B, N, width)."""
+    """Raise an error unless ``x`` are tokens (B, N, width)."""
     check_tensor(name, x, f"(B, N, {width})")
     shape = plain_shape(x)
     if len(shape) != 3 or shape[2] != width:

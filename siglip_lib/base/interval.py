@@ -1,4 +1,4 @@
-"""The interval of a truncated normal: what bounds are allowed, and which numbers of a dtype lie within."""
+"""The interval of a truncated normal: which bounds are allowed, and which values of a dtype lie within."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from siglip_lib.base.checks import finite, number
 def check_interval(
     mean: float, std: float, a: float, b: float
 ) -> tuple[float, float, float, float, float, float]:
-    """Return the four as plain floats, then both bounds in standard deviations; refuse what is out of range."""
+    """Return the four as floats, then both bounds in standard deviations from the mean; raise an error out of range."""
     mean, std = finite("mean", mean), finite("std", std)
     if not 0 < std < 1e30:
         raise ValueError(f"std={std!r} must be positive, and below 1e30")
@@ -24,7 +24,7 @@ def check_interval(
 
 @functools.cache
 def inner_bounds(a: float, b: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The smallest and largest number of ``dtype`` in [a, b]: rounding to nearest may step over a bound."""
+    """Return the smallest and the largest value of ``dtype`` in [a, b]: rounding to nearest may step over a bound."""
     info = torch.finfo(dtype)
     low = on_cpu(max(a, info.min)).to(dtype)
     high = on_cpu(min(b, info.max)).to(dtype)
@@ -33,12 +33,11 @@ def inner_bounds(a: float, b: float, dtype: torch.dtype) -> tuple[float, float]:
     if high.item() > b:
         high = torch.nextafter(high, torch.full_like(high, -math.inf))
     if low.item() > high.item():
-        raise ValueError(
-            f"no {str(dtype).removeprefix('torch.')} number lies between a={a!r} and b={b!r}"
-        )
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"no {kind} number lies between a={a!r} and b={b!r}")
     return low.item(), high.item()
 
 
 def on_cpu(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """One number, on the CPU also where ``with torch.device(...)`` names another device."""
+    """Return a tensor of shape () on the CPU, also where ``with torch.device(...)`` names another device."""
     return torch.tensor(value, dtype=dtype, device="cpu")

@@ -1,44 +1,36 @@
 """What the notebooks need to know of the machine: a device, a report, time and memory of a call."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
 
 def pick_device() -> torch.device:
     """Return the current CUDA device if there is one, else the CPU."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def device_report(device: torch.device | str) -> str:
-    """Return a line on the device and one on the versions that matter, as text."""
+    """Return a string of two lines: one on the device, one on the versions that matter."""
     device = torch.device(device)
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    name, versions = f"CPU ({platform.machine()}), {cores}", [f"torch {torch.__version__}"]
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         name = f"{found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
-    else:
-        name = (
-            f"CPU ({platform.machine()}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-        )
-    packages = [
-        f"{package} {package_version(package) or 'absent'}"
-        for package in ("flash-attn", "xformers", "triton")
-    ]
-    torch_line = f"torch {torch.__version__}"
-    if device.type == "cuda":
-        torch_line += f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    return f"device: {name}\nversions: {torch_line}, {', '.join(packages)}"
+        versions += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]
+    for package in ("flash-attn", "xformers", "triton"):
+        versions.append(f"{package} {package_version(package) or 'absent'}")
+    return f"device: {name}\nversions: {', '.join(versions)}"
 
 
 def package_version(package: str) -> str | None:
@@ -96,14 +88,13 @@ def measure(
         run = _captured(fn, warmup) if graph else fn
         for _ in range(warmup):
             run()
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * repeats)]
-        for i in range(repeats):
-            marks[2 * i].record()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            start.record()
             run()
-            marks[2 * i + 1].record()
+            end.record()
         torch.cuda.synchronize()
-        times = [marks[2 * i].elapsed_time(marks[2 * i + 1]) for i in range(repeats)]
-    return Timing(statistics.median(times), min(times), max(times), peak)
+    return _timing([start.elapsed_time(end) for start, end in events], peak)
 
 
 def kernel_times(fn: Callable[[], object], device: torch.device | str) -> dict[str, float]:
@@ -113,18 +104,16 @@ def kernel_times(fn: Callable[[], object], device: torch.device | str) -> dict[s
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells stderr of each start and stop
     on_gpu = torch.device(device).type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU]
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         fn()
         if on_gpu:
             torch.cuda.synchronize(device)
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    found = {
-        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
-        for event in profiler.key_averages()
-        if event.device_type == kind
-    }
+    time_of = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
+    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    found = {event.key: time_of(event) / 1e3 for event in events}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
@@ -136,7 +125,11 @@ def _measure_on_cpu(fn: Callable[[], object], repeats: int, warmup: int) -> Timi
         start = time.perf_counter()
         fn()
         times.append((time.perf_counter() - start) * 1e3)
-    return Timing(statistics.median(times), min(times), max(times), None)
+    return _timing(times, None)
+
+
+def _timing(times: list[float], peak_bytes: int | None) -> Timing:
+    return Timing(statistics.median(times), min(times), max(times), peak_bytes)
 
 
 def _captured(fn: Callable[[], object], warmup: int) -> Callable[[], None]:

@@ -60,11 +60,8 @@ def show(fig: Figure, alt: str, photo: bool = False) -> None:
     kind = "jpeg" if photo else "png"
     fig.savefig(buffer, format=kind, pil_kwargs={"quality": 88} if photo else {})
     plt.close(fig)
-    display(
-        {f"image/{kind}": buffer.getvalue() if photo else few_colours(buffer), "text/plain": alt},
-        raw=True,
-        metadata={f"image/{kind}": {"alt": alt}},
-    )
+    image, kind = buffer.getvalue() if photo else few_colours(buffer), f"image/{kind}"
+    display({kind: image, "text/plain": alt}, raw=True, metadata={kind: {"alt": alt}})
 
 
 def few_colours(png: io.BytesIO) -> bytes:
@@ -93,9 +90,8 @@ def plot_histogram(
 ) -> np.ndarray:
     """Draw the density of ``values`` in the bins between ``edges`` as steps, and return it (len(edges) - 1,)."""
     counts = np.zeros(len(edges) - 1)
-    for chunk in (
-        values.detach().flatten().split(2**24)
-    ):  # float64 copies of 10**9 values would fill a laptop
+    # float64 copies of 10**9 values would fill a laptop
+    for chunk in values.detach().flatten().split(2**24):
         counts += np.histogram(chunk.double().cpu().numpy(), edges)[0]
     density = counts / (values.numel() * np.diff(edges))
     ax.stairs(density, edges, label=label, **{"linewidth": 2} | style)
@@ -119,31 +115,25 @@ def show_attention(
     """
     width, height = image.size
     side = math.isqrt(weights.numel())
-    if weights.ndim == 1 and (side * side != weights.numel() or width != height):
-        raise ValueError(
-            f"weights has {weights.numel()} entries; it must be a square number of patches, and the picture of "
-            f"{width} x {height} pixels a square, or the weights (rows, columns)"
+    flat = weights.ndim == 1
+    if flat and (side * side != weights.numel() or width != height):
+        wanted = (
+            f"a square number of patches, and the picture of {width} x {height} pixels a square"
         )
+        wanted = f"it must be {wanted}, or the weights (rows, columns)"
+        raise ValueError(f"weights has {weights.numel()} entries; {wanted}")
     if weights.ndim not in (1, 2) or not weights.numel():
         raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be (rows, columns)")
-    grid = (
-        weights.detach().float().cpu().reshape((side, side) if weights.ndim == 1 else weights.shape)
-    )
-    rows, columns = grid.shape
+    rows, columns = (side, side) if flat else weights.shape
+    grid = weights.detach().float().cpu().reshape(rows, columns)
     if token is not None and not 0 <= token < grid.numel():
         raise ValueError(f"token={token} must lie in 0 to {grid.numel() - 1}")
-    ax.imshow(image.convert("L"), cmap="gray", extent=(0, width, height, 0))
-    ax.imshow(
-        grid, cmap="viridis", alpha=0.65, extent=(0, width, height, 0), interpolation="nearest"
-    )
+    extent = (0, width, height, 0)
+    ax.imshow(image.convert("L"), cmap="gray", extent=extent)
+    ax.imshow(grid, cmap="viridis", alpha=0.65, extent=extent, interpolation="nearest")
     if token is not None:
         row, column = divmod(token, columns)
-        ax.plot(
-            (column + 0.5) * width / columns,
-            (row + 0.5) * height / rows,
-            "s",
-            color=COLOURS[1],
-            markersize=7,
-        )
+        centre = (column + 0.5) * width / columns, (row + 0.5) * height / rows
+        ax.plot(*centre, "s", color=COLOURS[1], markersize=7)
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)

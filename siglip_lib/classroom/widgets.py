@@ -10,6 +10,7 @@ import html
 import io
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +67,7 @@ def search_box(
         tokenizer: the model's.
         vectors: unit vectors (n, width) of the pictures, such as ``embed_pictures`` gives.
         pictures: called with a place in ``vectors``, returns its picture, as ``Emoji64.picture`` does.
-        titles: n texts to write below the pictures; no text if None.
+        titles: n strings to write below the pictures; nothing if None.
         count: pictures to show, at most n.
         query: what the field holds at first.
 
@@ -79,17 +80,14 @@ def search_box(
 
     n, width = len(vectors), model.config.width
     if vectors.shape != (n, width) or not n:
-        raise ValueError(
-            f"vectors have shape {tuple(vectors.shape)}; it must be (n, {width}), as wide as the model's"
-        )
+        wanted = f"it must be (n, {width}), as wide as the model's"
+        raise ValueError(f"vectors have shape {tuple(vectors.shape)}; {wanted}")
     finite_tensors("search_box refuses", {"vectors": vectors})
     if not ((vectors.float().norm(dim=1) - 1).abs() < 0.01).all():  # bfloat16 rounds to 0.004
         raise ValueError("vectors holds one whose length is not 1; divide each by its length")
     if not callable(pictures):
-        raise TypeError(
-            f"pictures is a {type(pictures).__name__}; it must be a function from a place to a picture, "
-            "such as pictures.__getitem__ of a list"
-        )
+        wanted = "it must be a function from a place to a picture, such as pictures.__getitem__ of a list"
+        raise TypeError(f"pictures is a {type(pictures).__name__}; {wanted}")
     titles = [""] * n if titles is None else list(titles)
     if len(titles) != n:
         raise ValueError(f"titles has {len(titles)} entries; vectors has {n}")
@@ -117,14 +115,12 @@ def search_box(
             results.value = html.escape(_what_went_wrong(error))
             raise
 
-    field = Text(
-        query,
-        description="Search",
-        placeholder="a red apple",
-        style={"description_width": "initial"},
-        layout=Layout(width="100%", max_width="560px", margin="2px 0"),
-    )
-    results = HTML(layout=Layout(width="100%", max_width="560px", margin="4px 0"))
+    def layout(margin: str) -> Layout:
+        return Layout(width="100%", max_width="560px", margin=margin)
+
+    field = Text(query, description="Search", placeholder="a red apple", layout=layout("2px 0"))
+    field.style.description_width = "initial"
+    results = HTML(layout=layout("4px 0"))
     field.observe(search, "value")
     search()
     return VBox([field, results])
@@ -196,12 +192,10 @@ def attention_viewer(
 
     def choice(description: str, options: list[tuple[str, int]], value: int) -> Dropdown:
         layout = Layout(width="190px", margin="2px 12px 2px 0")
-        style = {"description_width": "52px"}
-        found = Dropdown(
-            options=options, value=value, description=description, layout=layout, style=style
-        )
-        found.observe(show, "value")
-        return found
+        menu = Dropdown(options=options, value=value, description=description, layout=layout)
+        menu.style.description_width = "52px"
+        menu.observe(show, "value")
+        return menu
 
     picker = _patch_picker()(rows=rows, columns=columns, picked=rows // 2 * columns + columns // 2)
     picture = choice("Picture", [(name, i) for i, name in enumerate(names)], 0)
@@ -255,7 +249,7 @@ def _patch_picker() -> type:
     from traitlets import Bool, Bytes, Int, Unicode
 
     class PatchPicker(AnyWidget):
-        _esm = _PICKER_JS
+        _esm = (Path(__file__).parent / "patch_picker.js").read_text(encoding="utf-8")
         _css = _PICKER_CSS
         image = Bytes().tag(sync=True)  # a PNG
         caption = Unicode().tag(sync=True)  # what the image shows
@@ -267,49 +261,6 @@ def _patch_picker() -> type:
     return PatchPicker
 
 
-_PICKER_JS = """
-function render({ model, el }) {
-  const add = (tag, parent) => parent.appendChild(document.createElement(tag));
-  const frame = add("div", el), image = add("img", frame), mark = add("span", frame), caption = add("p", el);
-  const [rows, columns] = [model.get("rows"), model.get("columns")];
-  const picked = () => [Math.floor(model.get("picked") / columns), model.get("picked") % columns];
-  const pick = (row, column) => {
-    if (!model.get("clickable")) return;
-    const within = (value, count) => Math.min(Math.max(Math.floor(value), 0), count - 1);
-    model.set("picked", within(row, rows) * columns + within(column, columns));
-    model.save_changes();
-  };
-  el.classList.add("siglip-patches");
-  const ariaLabel = `Picture of ${rows} by ${columns} patches; arrow keys pick one`;
-  Object.assign(frame, { tabIndex: 0, role: "application", ariaLabel });
-  caption.ariaLive = "polite";
-  frame.onclick = ({ clientX, clientY }) => {
-    const { left, top, width, height } = image.getBoundingClientRect();
-    pick(((clientY - top) / height) * rows, ((clientX - left) / width) * columns);
-  };
-  frame.onkeydown = (event) => {
-    const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-    if (!(event.key in steps)) return;
-    event.preventDefault();  // else the page scrolls, or JupyterLab goes to another cell
-    pick(picked()[0] + steps[event.key][0], picked()[1] + steps[event.key][1]);
-  };
-  const show = () => {
-    URL.revokeObjectURL(image.src);
-    image.src = URL.createObjectURL(new Blob([model.get("image")], { type: "image/png" }));
-  };
-  const tell = () => {
-    const [row, column] = picked(), [width, height] = [100 / columns, 100 / rows];
-    caption.textContent = image.alt = model.get("caption");
-    mark.hidden = !model.get("clickable");
-    mark.style = `left: ${column * width}%; top: ${row * height}%; width: ${width}%; height: ${height}%`;
-  };
-  model.on("change:image", show);
-  model.on("change:caption change:picked change:clickable", tell);
-  show(), tell();
-  return () => URL.revokeObjectURL(image.src);
-}
-export default { render };
-"""
 _PICKER_CSS = f"""
 .siglip-patches > div {{ position: relative; max-width: {SIDE}px; margin: 8px 5px; cursor: crosshair; }}
 .siglip-patches > div:focus-visible {{ outline: 3px solid var(--jp-brand-color1, {COLOURS[0]}); outline-offset: 2px; }}

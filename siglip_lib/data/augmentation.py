@@ -120,7 +120,7 @@ def _on_background(pictures: Tensor, colour: Tensor) -> Tensor:
 
 
 def _either_way(draw: Tensor) -> Tensor:
-    """From [0, 1) to [-1, 1)."""
+    """Map draws from [0, 1) to [-1, 1)."""
     return 2 * draw - 1
 
 
@@ -129,7 +129,7 @@ def _between(draw: Tensor, low: float, high: float) -> Tensor:
 
 
 def _wide(values: Tensor) -> Tensor:
-    """One value per picture, (B,), to multiply (B, C, H, W) with."""
+    """Return a value for each picture, (B,), as (B, 1, 1, 1), to multiply (B, C, H, W) with."""
     return values[:, None, None, None]
 
 

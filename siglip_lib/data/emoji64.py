@@ -11,6 +11,7 @@ import json
 import math
 import re
 import zipfile
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Emoji64:
     names: list[str]  # by concept, all different
     groups: list[str]  # by concept
     keywords: list[list[str]]  # by concept
-    symbols: list[str]  # by concept: the emoji as text
+    symbols: list[str]  # by concept: the emoji itself, a string
     vendors: list[str]  # the designers
 
     def picture(
@@ -157,13 +158,11 @@ def split(
     vendors = tuple(vendors)
     for name in vendors:
         if name not in emoji.vendors:
-            raise ValueError(
-                f"vendors: {name!r} is unknown; allowed are {', '.join(emoji.vendors)}"
-            )
+            allowed = ", ".join(emoji.vendors)
+            raise ValueError(f"vendors: {name!r} is unknown; allowed are {allowed}")
     if not 0 < len(vendors) < len(emoji.vendors) or len(set(vendors)) < len(vendors):
         raise ValueError(f"vendors={vendors!r} must be different names, at least one and not all")
-    both = [name in vendors for name in SAME_DESIGN]
-    if any(both) and not all(both):
+    if len(set(SAME_DESIGN) & set(vendors)) == 1:
         raise ValueError(
             f"vendors={vendors!r} must name both of {' and '.join(SAME_DESIGN)} or neither: they are the same designs, "
             "so training on one would show the pictures of the other"
@@ -173,13 +172,12 @@ def split(
         raise ValueError(f"unseen={unseen} must be below {len(emoji.names)}, else none is left")
 
     held = torch.isin(emoji.vendor, torch.tensor([emoji.vendors.index(name) for name in vendors]))
-    new = _among(emoji, _unseen_concepts(emoji, unseen, seed))
+    new = torch.isin(emoji.concept, _unseen_concepts(emoji, unseen, seed))
     train = ~held & ~new
     if not train.any():
-        raise ValueError(
-            f"vendors={vendors!r} and unseen={unseen} leave nothing to train on; hold out fewer of either"
-        )
-    seen = held & _among(emoji, emoji.concept[train])
+        given = f"vendors={vendors!r} and unseen={unseen}"
+        raise ValueError(f"{given} leave nothing to train on; hold out fewer of either")
+    seen = held & torch.isin(emoji.concept, emoji.concept[train])
     return Split(*(mask.nonzero().squeeze(1) for mask in (train, seen, held & new)))
 
 
@@ -200,11 +198,10 @@ def captions(name: str, keywords: Sequence[str]) -> list[str]:
         words = _words(keyword)
         if not set(words) <= set(_words(name)):
             told.setdefault("".join(words), keyword)
-    pairs = [", ".join(two) for two in itertools.combinations(told.values(), 2)]
-    return [template.format(name) for template in TEMPLATES] + [
-        template.format(name, words)
-        for words in (*told.values(), *pairs)
-        for template in KEYWORD_TEMPLATES
+    added = [*told.values(), *map(", ".join, itertools.combinations(told.values(), 2))]
+    plain = [template.format(name) for template in TEMPLATES]
+    return plain + [
+        template.format(name, words) for words in added for template in KEYWORD_TEMPLATES
     ]
 
 
@@ -244,9 +241,8 @@ def unique_batches(
     steps = math.ceil(len(concept) / batch) if steps is None else positive_int("steps", steps)
 
     # the places of the smallest of random numbers are a draw without replacement
-    chosen = torch.rand(steps, len(sizes), generator=generator).argsort(dim=1, stable=True)[
-        :, :batch
-    ]
+    uniform = torch.rand(steps, len(sizes), generator=generator)
+    chosen = uniform.argsort(dim=1, stable=True)[:, :batch]
     uniform = torch.rand(steps, batch, generator=generator, dtype=torch.float64)
     which = (uniform * sizes[chosen]).long()
     return order[(sizes.cumsum(0) - sizes)[chosen] + which]
@@ -255,7 +251,7 @@ def unique_batches(
 def _check(
     images: np.ndarray, concept: np.ndarray, vendor: np.ndarray, vendors: list, entries: list[dict]
 ) -> None:
-    """Refuse arrays and tables that don't fit each other."""
+    """Raise a ValueError if the arrays and the tables don't fit each other."""
     wrong = []
     number = len(images) if images.ndim else 0
     if images.dtype != np.uint8 or images.shape != (number, SIZE, SIZE, 4) or not number:
@@ -275,9 +271,9 @@ def _check(
 
 def _unseen_concepts(emoji: Emoji64, number: int, seed: int) -> Tensor:
     """Return ``number`` concepts, each group's share of them in proportion to its size."""
-    members: dict[str, list[int]] = {}
+    members = defaultdict(list)
     for concept, group in enumerate(emoji.groups):
-        members.setdefault(group, []).append(concept)
+        members[group].append(concept)
     exact = {group: number * len(found) / len(emoji.names) for group, found in members.items()}
     shares = {group: math.floor(share) for group, share in exact.items()}
     # what rounding down left over goes to the largest remainders
@@ -290,11 +286,6 @@ def _unseen_concepts(emoji: Emoji64, number: int, seed: int) -> Tensor:
 
     drawn = [sorted(found, key=shuffled)[: shares[group]] for group, found in members.items()]
     return torch.tensor(sorted(itertools.chain(*drawn)), dtype=torch.int64)
-
-
-def _among(emoji: Emoji64, concepts: Tensor) -> Tensor:
-    """Return for each picture whether its concept is one of ``concepts``."""
-    return torch.isin(emoji.concept, concepts)
 
 
 def _words(text: str) -> list[str]:

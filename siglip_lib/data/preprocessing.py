@@ -60,14 +60,13 @@ def preprocess(
     from PIL import Image
 
     height, width = pair("image_size", image_size)
+    named = {"pictures": pictures}
     if isinstance(pictures, (list, tuple)):
         if not pictures:
             raise ValueError(f"pictures={pictures!r} is empty; it must hold at least one picture")
         named = {f"pictures[{i}]": picture for i, picture in enumerate(pictures)}
-    else:
-        named = {"pictures": pictures}
     named = {name: _path_or_image(name, picture) for name, picture in named.items()}
-    resized = [
+    resized = [  # one after the other, so that only one is in memory at its full size
         np.asarray(_upright_rgb(name, picture).resize((width, height), Image.Resampling.BICUBIC))
         for name, picture in named.items()
     ]
@@ -76,7 +75,7 @@ def preprocess(
 
 
 def _path_or_image(name: str, picture: Picture) -> str | os.PathLike[str] | Image:
-    """Return a path as it is and anything else as a PIL picture; refuse what can't become one."""
+    """Return a path as it is and anything else as a PIL picture; raise an error if it can't become one."""
     from PIL import Image
 
     if isinstance(picture, (str, os.PathLike)):
@@ -110,15 +109,13 @@ def _checked(name: str, image: Image) -> Image:
     """Return a PIL picture of a size and mode that can be converted."""
     from PIL import Image
 
-    width, height = image.size
+    found = f"{name}: a picture of {image.width} x {image.height}"
     if 0 in image.size:
-        raise ValueError(f"{name}: a picture of {width} x {height} has no pixels")
+        raise ValueError(f"{found} has no pixels")
     most = Image.MAX_IMAGE_PIXELS
-    if most is not None and width * height > most:
-        raise ValueError(
-            f"{name}: a picture of {width} x {height} has more than {most} pixels; make it smaller, "
-            "or raise PIL.Image.MAX_IMAGE_PIXELS if the memory is enough"
-        )
+    if most is not None and image.width * image.height > most:
+        advice = "make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if the memory is enough"
+        raise ValueError(f"{found} has more than {most} pixels; {advice}")
     if image.mode not in MODES:
         allowed = f"{', '.join(MODES)}; scale to 0..255 and use image.convert('L')"
         raise ValueError(f"{name}: a picture of mode {image.mode!r} must be of {allowed}")

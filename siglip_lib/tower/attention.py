@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -100,9 +101,8 @@ def _drop_probability(attn_drop: nn.Module) -> float:
         return attn_drop.p if attn_drop.training else 0.0
     if isinstance(attn_drop, nn.Identity):
         return 0.0
-    raise TypeError(
-        f"attn_drop is {type(attn_drop).__name__}; it must be nn.Dropout or nn.Identity: the backend drops for it"
-    )
+    wanted = "it must be nn.Dropout or nn.Identity: the backend drops for it"
+    raise TypeError(f"attn_drop is {type(attn_drop).__name__}; {wanted}")
 
 
 def attention_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -152,23 +152,21 @@ def attention_maps(
     found = list(attention_layers(model).items())
     if not found:
         raise ValueError(f"model={type(model).__name__} contains no attention layer")
-    chosen = range(len(found)) if layers is None else list(layers)
+    most = len(found)
+    chosen = range(most) if layers is None else list(layers)
     for layer in chosen:
-        if not -len(found) <= layer < len(found):
-            raise ValueError(
-                f"layers contains {layer}; allowed are {-len(found)} to {len(found) - 1}"
-            )
+        if not -most <= layer < most:
+            raise ValueError(f"layers contains {layer}; allowed are {-most} to {most - 1}")
     maps = AttentionMaps()
 
-    def store(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            with torch.no_grad():
-                maps[name] = module.attention_map(*inputs, **named)
-
-        return hook
+    @torch.no_grad()
+    def store(
+        name: str, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> None:
+        maps[name] = module.attention_map(*inputs, **named)
 
     handles = [
-        module.register_forward_pre_hook(store(name), with_kwargs=True)
+        module.register_forward_pre_hook(partial(store, name), with_kwargs=True)
         for name, module in (found[i] for i in chosen)
     ]
     try:

@@ -21,16 +21,14 @@ class AttentionPoolLatent(nn.Module):
         feat_size: number of tokens N, needed for a position embedding.
         mlp_ratio: hidden channels of the MLP over D, rounded down.
         qkv_bias: biases in the q and kv projections.
-        qk_norm: normalise q and k in each head.
+        qk_norm, deterministic, backend: see ``Attention``.
         latent_len: number of learned queries.
         latent_dim: channels of a learned query; D if None.
-        pos_embed: ``abs`` adds a learned vector to each token, the empty text none.
+        pos_embed: ``abs`` adds a learned vector to each token, the empty string none.
         pool_type: ``token`` returns what the first query read, ``avg`` the mean over the queries.
         norm_layer: class of the norm before the MLP, and of those of q and k; no norm before the MLP if None.
         act_layer: class of the MLP's activation. Some of timm's weights were trained with ``nn.GELU``.
         drop: dropout after the output projection, in [0, 1).
-        deterministic: the same bits on every run, backward pass included.
-        backend: attention backend, see ``Attention``.
 
     Shapes: x (B, N, D) to (B, D).
 
@@ -62,12 +60,10 @@ class AttentionPoolLatent(nn.Module):
         num_heads = positive_int("num_heads", num_heads)
         if dim % num_heads:
             raise ValueError(f"in_features={dim} must be a multiple of num_heads={num_heads}")
-        for name, value, allowed in (
-            ("pos_embed", pos_embed, ("", "abs")),
-            ("pool_type", pool_type, ("token", "avg")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is unknown; allowed are {allowed}")
+        if pos_embed not in ("", "abs"):
+            raise ValueError(f"pos_embed={pos_embed!r} is unknown; allowed are ('', 'abs')")
+        if pool_type not in ("token", "avg"):
+            raise ValueError(f"pool_type={pool_type!r} is unknown; allowed are ('token', 'avg')")
         if pos_embed and feat_size is None:
             raise ValueError("pos_embed='abs' needs feat_size, the number of tokens")
         if feat_size is not None:

@@ -9,7 +9,7 @@ from siglip_lib.base.offers import has_triton
 from siglip_lib.tower.attention import Attention
 from siglip_lib.tower.layers import DropPath, LayerScale, Mlp
 
-_LARGE = 2**22  # numbers: below, Python takes longer to launch a kernel than the GPU to run it
+_LARGE = 2**22  # elements: below, Python takes longer to launch a kernel than the GPU to run it
 
 
 class Block(nn.Module):
@@ -17,19 +17,14 @@ class Block(nn.Module):
 
     Args:
         dim: channels D.
-        num_heads: heads of the attention; divides ``dim``.
+        num_heads, qkv_bias, qk_norm, attn_drop, deterministic, backend: see ``Attention``.
         mlp_ratio: hidden channels of the MLP over D, rounded down to whole channels.
-        qkv_bias: bias in the q, k, v projection.
-        qk_norm: normalise q and k in each head.
         proj_drop: dropout after the attention's projection and in the MLP, in [0, 1).
-        attn_drop: dropout of attention weights, in [0, 1).
         init_values: start of both LayerScales; None for none.
         drop_path: probability in [0, 1) of dropping a branch for a sample.
         act_layer: activation of the MLP.
         norm_layer: class of both norms, and of those of q and k; called with a width alone.
         mlp_layer: class of the MLP.
-        deterministic: the same bits on every run, backward pass included.
-        backend: attention backend, see ``Attention``.
 
     Shapes: x (B, N, D) to (B, N, D).
 
@@ -61,17 +56,9 @@ class Block(nn.Module):
             return nn.Identity() if init_values is None else LayerScale(dim, init_values)
 
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(
-            dim,
-            num_heads,
-            qkv_bias,
-            qk_norm,
-            attn_drop,
-            proj_drop,
-            norm_layer,
-            deterministic,
-            backend=backend,
-        )
+        rates = dict(attn_drop=attn_drop, proj_drop=proj_drop)
+        how = dict(norm_layer=norm_layer, deterministic=deterministic, backend=backend)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_norm, **rates, **how)
         self.ls1 = scale()
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = norm_layer(dim)

@@ -5,14 +5,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from siglip_lib.base.checks import (
-    finite,
-    positive_int,
-    probability,
-)
+from siglip_lib.base.checks import finite, positive_int, probability
 from siglip_lib.tower.linear_gelu import can_fuse_linear_gelu, fused_linear_gelu
 
 GELU_TANH = partial(nn.GELU, approximate="tanh")  # SigLIP's activation
+LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # SigLIP's norm, and big_vision's
 
 
 class LayerScale(nn.Module):
@@ -20,7 +17,7 @@ class LayerScale(nn.Module):
 
     Args:
         dim: number of channels D, the last axis of the input.
-        init_values: value of every entry of ``gamma`` at the start; 0.0 is a value like any other.
+        init_values: value of every element of ``gamma`` at the start; 0.0 is a value like any other.
         inplace: write the result into the input when no gradient is recorded. While one is, the product is a new
             tensor: autograd would have to keep a copy of the input anyway, to form the gradient of ``gamma``.
 
@@ -117,16 +114,14 @@ class Mlp(nn.Module):
         drop: float | tuple[float, float] = 0.0,
     ) -> None:
         super().__init__()
-        in_features = positive_int("in_features", in_features)
+        dim = positive_int("in_features", in_features)
         hidden = (
-            in_features
-            if hidden_features is None
-            else positive_int("hidden_features", hidden_features)
+            dim if hidden_features is None else positive_int("hidden_features", hidden_features)
         )
-        out = in_features if out_features is None else positive_int("out_features", out_features)
+        out = dim if out_features is None else positive_int("out_features", out_features)
         bias1, bias2 = _for_both("bias", bias)
         drop1, drop2 = (probability("drop", p) for p in _for_both("drop", drop))
-        self.fc1 = nn.Linear(in_features, hidden, bias=bias1)
+        self.fc1 = nn.Linear(dim, hidden, bias=bias1)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop1)
         self.norm = norm_layer(hidden) if norm_layer is not None else nn.Identity()
@@ -147,6 +142,3 @@ def _for_both(name: str, value: object) -> tuple[object, object]:
     if len(value) != 2:
         raise ValueError(f"{name}={value!r} must be one value or two: of fc1 and of fc2")
     return tuple(value)
-
-
-LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # SigLIP's, and big_vision's

@@ -24,7 +24,7 @@ class PatchEmbed(nn.Module):
         embed_dim: channels D of a token.
         norm_layer: class of a norm on the tokens; none if None.
         bias: whether the projection has a bias.
-        strict_img_size: refuse any size but ``img_size``. Otherwise every multiple of the patch is taken too.
+        strict_img_size: raise an error for any size but ``img_size``; else every multiple of the patch is taken too.
         dynamic_img_pad: fill up with zeros, on the right and below, to whole patches.
 
     Shapes: pictures (B, C, H, W) to tokens (B, N, D), N = rows * columns of the grid, row by row.
@@ -48,10 +48,8 @@ class PatchEmbed(nn.Module):
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
         self.set_input_size(img_size)
-        in_chans, embed_dim = (
-            positive_int("in_chans", in_chans),
-            positive_int("embed_dim", embed_dim),
-        )
+        in_chans = positive_int("in_chans", in_chans)
+        embed_dim = positive_int("embed_dim", embed_dim)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, bias=bias)
         self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim)
 
@@ -59,8 +57,8 @@ class PatchEmbed(nn.Module):
         """Take pictures of another ``img_size``, height and width or one number for both."""
         size = pair("img_size", img_size)
         # of sizes that vary, this is the grid of the position embeddings: whole patches, as timm counts
-        whole = (size[0] // self.patch_size[0], size[1] // self.patch_size[1])
-        grid = self.dynamic_feat_size(size) if self.strict_img_size else whole
+        pad = self.dynamic_img_pad and self.strict_img_size
+        grid = _grid(size, self.patch_size, pad)
         if 0 in grid:
             patch = self.patch_size[0] if len({*self.patch_size}) == 1 else self.patch_size
             raise ValueError(f"img_size={img_size!r} holds no patch of {patch} pixels")
@@ -68,11 +66,7 @@ class PatchEmbed(nn.Module):
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of the grid of patches for pictures of ``img_size`` (height, width)."""
-        extra = [p - 1 if self.dynamic_img_pad else 0 for p in self.patch_size]
-        rows, columns = (
-            (s + e) // p for s, e, p in zip(img_size, extra, self.patch_size, strict=True)
-        )
-        return rows, columns
+        return _grid(img_size, self.patch_size, self.dynamic_img_pad)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
@@ -101,23 +95,24 @@ class PatchEmbed(nn.Module):
     def _check(self, x: Tensor) -> None:
         # a wrapper may not show how many there are
         check_pictures("pictures", x, getattr(self.proj, "in_channels", None))
-        size = plain_shape(x)[2:]
+        size, patch = plain_shape(x)[2:], self.patch_size
         if size == self.img_size:
             return
+        found = f"pictures are {size[0]} x {size[1]} pixels"
         if self.strict_img_size:
-            raise ValueError(
-                f"pictures are {size[0]} x {size[1]} pixels, the model is built for "
-                f"{self.img_size[0]} x {self.img_size[1]}; dynamic_img_size=True takes others"
-            )
-        if not self.dynamic_img_pad and (
-            size[0] % self.patch_size[0] or size[1] % self.patch_size[1]
-        ):
-            raise ValueError(
-                f"pictures are {size[0]} x {size[1]} pixels; both must be multiples of the patch, "
-                f"{self.patch_size[0]} x {self.patch_size[1]}; dynamic_img_pad=True fills up"
-            )
+            built = f"the model is built for {self.img_size[0]} x {self.img_size[1]}"
+            raise ValueError(f"{found}, {built}; dynamic_img_size=True takes others")
+        if not self.dynamic_img_pad and (size[0] % patch[0] or size[1] % patch[1]):
+            wanted = f"both must be multiples of the patch, {patch[0]} x {patch[1]}"
+            raise ValueError(f"{found}; {wanted}; dynamic_img_pad=True fills up")
         if 0 in self.dynamic_feat_size(size):
             raise ValueError(f"pictures of {size[0]} x {size[1]} pixels hold no patch")
+
+
+def _grid(size: tuple[int, int], patch: tuple[int, int], pad: bool) -> tuple[int, int]:
+    """Return rows and columns of the whole patches, or of those that begin within ``size`` if ``pad``."""
+    extra = (patch[0] - 1, patch[1] - 1) if pad else (0, 0)
+    return (size[0] + extra[0]) // patch[0], (size[1] + extra[1]) // patch[1]
 
 
 def resample_abs_pos_embed(

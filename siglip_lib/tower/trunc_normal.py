@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from siglip_lib.base.interval import check_interval, inner_bounds, on_cpu
 from siglip_lib.base.observers import takes_kernel
@@ -22,7 +22,7 @@ def trunc_normal_(
     a: float = -2.0,
     b: float = 2.0,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Fill ``tensor`` in place with draws from N(mean, std**2) restricted to [a, b].
 
@@ -55,40 +55,40 @@ def trunc_normal_(
     """
     if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(
-            f"tensor is {found}; allowed are tensors of float16, bfloat16, float32 and float64"
-        )
+        allowed = "tensors of float16, bfloat16, float32 and float64"
+        raise TypeError(f"tensor is {found}; allowed are {allowed}")
     mean, std, a, b, alpha, beta = check_interval(mean, std, a, b)
-    span = (b - a) / std
     if max(alpha, -beta) > 1e8:
-        raise ValueError(
-            f"a={a!r} and b={b!r} lie more than 1e8 standard deviations from mean={mean!r}"
-        )
+        far = "lie more than 1e8 standard deviations from"
+        raise ValueError(f"a={a!r} and b={b!r} {far} mean={mean!r}")
     low, high = inner_bounds(a, b, tensor.dtype)
     if tensor.is_meta or tensor.numel() == 0:
         return tensor
 
     if alpha < 1 and beta > -1 and _has_kernel(tensor):
-        _draw_by_kernel_(tensor, mean, std, low, high, (alpha, beta), generator)
+        from siglip_lib.kernels.sampler import fill_, shares
+
+        # from where the generator stands, which is known without waiting for the GPU; then move it on
+        generator = generator or torch.cuda.default_generators[tensor.device.index]
+        start, seed = generator.get_offset(), generator.initial_seed() % 2**63
+        fill_(tensor, mean, std, low, high, shares(alpha, beta), seed, start)
+        generator.set_offset(start + 4 * -(-tensor.numel() // 16))  # offsets are multiples of 4
         return tensor
 
-    # Drawn in half precision, u would be too coarse for the tails: compute in float32, then cast,
-    # then clamp.
+    # Drawn in half precision, u would be too coarse for the tails: compute in float32, then cast, then clamp.
     wide = tensor.dtype in (torch.float32, torch.float64)
     work = tensor if wide else torch.empty_like(tensor, dtype=torch.float32)
-    origin = mean
+    origin, end, sign = mean, a, 1
+    if beta <= -1:  # a tail on the left is one on the right, mirrored
+        alpha, beta, end, sign = -beta, -alpha, b, -1
     if alpha >= _FAR:
-        origin, sigmas = a, _draw_far_tail_(work, alpha, span, generator)
-    elif beta <= -_FAR:
-        origin, sigmas = b, -_draw_far_tail_(work, -beta, span, generator)
+        origin, sigmas = end, _draw_far_tail_(work, alpha, (b - a) / std, generator)
     elif alpha >= 1:
         sigmas = _draw_tail_(work, alpha, beta, generator)
-    elif beta <= -1:
-        sigmas = -_draw_tail_(work, -beta, -alpha, generator)
     else:
         sigmas = _draw_centre_(work, alpha, beta, generator)
     # origin + factor * work and the cast, in one pass
-    torch.add(on_cpu(origin, work.dtype), work, alpha=std * sigmas, out=tensor)
+    torch.add(on_cpu(origin, work.dtype), work, alpha=sign * std * sigmas, out=tensor)
     return tensor.clamp_(low, high)
 
 
@@ -102,30 +102,10 @@ def _has_kernel(tensor: Tensor) -> bool:
     )
 
 
-def _draw_by_kernel_(
-    tensor: Tensor,
-    mean: float,
-    std: float,
-    low: float,
-    high: float,
-    reach: tuple[float, float],
-    generator: torch.Generator | None,
-) -> None:
-    """Fill from where the generator stands, and move it on. Its state is known without waiting for the GPU."""
-    from siglip_lib.kernels.sampler import fill_, shares
-
-    generator = generator or torch.cuda.default_generators[tensor.device.index]
-    start, seed = generator.get_offset(), generator.initial_seed() % 2**63
-    fill_(tensor, mean, std, low, high, shares(*reach), seed, start)
-    generator.set_offset(start + 4 * -(-tensor.numel() // 16))  # offsets are multiples of 4
-
-
-def _draw_centre_(
-    work: Tensor, alpha: float, beta: float, generator: torch.Generator | None
-) -> float:
+def _draw_centre_(work: Tensor, alpha: float, beta: float, generator: Generator | None) -> float:
     """Draw on an interval that reaches to within 1 of zero; return what to multiply ``work`` by."""
-    # erf^-1 of exactly -1 is -inf, and the uniform grid holds -1: one float32 draw in 2**24 would
-    # land on the bound. Stay half a step off both ends.
+    # erf^-1 of exactly -1 is -inf, and the uniform grid holds -1: one float32 draw in 2**24 would land on the bound.
+    # Stay half a step off both ends.
     edge = 1 - torch.finfo(work.dtype).eps / 2
     low = max(math.erf(alpha / _SQRT2), -edge)
     high = min(math.erf(beta / _SQRT2), edge)
@@ -133,9 +113,7 @@ def _draw_centre_(
     return _SQRT2
 
 
-def _draw_tail_(
-    work: Tensor, alpha: float, beta: float, generator: torch.Generator | None
-) -> float:
+def _draw_tail_(work: Tensor, alpha: float, beta: float, generator: Generator | None) -> float:
     """Draw on [alpha, beta], alpha >= 1; return what to multiply ``work`` by.
 
     The share above x, Q(x), is a small number, and small numbers have all their digits.
@@ -147,15 +125,13 @@ def _draw_tail_(
     return -1.0
 
 
-def _draw_far_tail_(
-    work: Tensor, alpha: float, span: float, generator: torch.Generator | None
-) -> float:
+def _draw_far_tail_(work: Tensor, alpha: float, span: float, generator: Generator | None) -> float:
     """Draw the distance from alpha on [alpha, alpha + span] where Q underflows; return its factor.
 
     The distance, not the place: beside a far mean its digits would be lost.
 
-    With x = alpha + d, solves log(Q(x)/Q(alpha)) = log(w) for d by Newton's method. Q is written
-    with erfcx, which takes exp(-x**2/2) out of it, so nothing underflows and nothing cancels.
+    With x = alpha + d, this solves log(Q(x) / Q(alpha)) = log(w) for d by Newton's method. Q is written with erfcx,
+    which takes exp(-x**2 / 2) out of it, so nothing underflows and nothing cancels.
     """
     d = work.uniform_(generator=generator)
     cut = 1.0  # the share of the tail's mass that lies below beta

@@ -45,18 +45,13 @@ def init_weights_vit_timm(module: nn.Module, name: str = "") -> None:
     """Initialise one module in place: a Linear by the rule of the ViT, another by its own ``init_weights()``, if any.
 
     Linear: weight from a truncated normal of std .02 (bounds -2 and 2), bias zero. LayerNorm and activations are left
-    as they are.
-
-    Args:
-        module: the module to initialise.
-        name: its path; unused here, part of the signature that ``named_apply`` calls.
+    as they are. ``name``, the module's path, is unused here: ``named_apply`` calls with both.
 
     Source: Dosovitskiy et al., An Image is Worth 16x16 Words (2021), code; timm's ``init_weights_vit_timm``.
     """
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        _fill_bias(module, 0.0)
     elif hasattr(module, "init_weights"):
         module.init_weights()
 
@@ -93,8 +88,7 @@ def _as_big_vision_(module: nn.Module, name: str, head_bias: float, parts: dict[
     """What both rules share; ``parts`` says by a layer's own name as how many layers it counts, one if not there."""
     if isinstance(module, nn.Linear) and name.startswith("head"):
         nn.init.zeros_(module.weight)
-        if module.bias is not None:
-            nn.init.constant_(module.bias, head_bias)
+        _fill_bias(module, head_bias)
     elif isinstance(module, nn.Linear):
         for part in module.weight.detach().chunk(parts.get(name.rpartition(".")[2], 1)):
             nn.init.xavier_uniform_(part)
@@ -111,8 +105,12 @@ def lecun_normal_(module: nn.Linear | nn.Conv2d) -> None:
     # cut at 2 sigma, a normal keeps .8796 of its standard deviation
     std = module.weight[0].numel() ** -0.5 / 0.87962566103423978
     trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+    _fill_bias(module, 0.0)
+
+
+def _fill_bias(module: nn.Linear | nn.Conv2d, value: float) -> None:
     if module.bias is not None:
-        nn.init.zeros_(module.bias)
+        nn.init.constant_(module.bias, value)
 
 
 def init_weights_vit_moco(module: nn.Module, name: str = "") -> None:
@@ -126,8 +124,7 @@ def init_weights_vit_moco(module: nn.Module, name: str = "") -> None:
         parts = 3 if "qkv" in name else 1
         limit = math.sqrt(6 / (module.out_features // parts + module.in_features))
         nn.init.uniform_(module.weight, -limit, limit)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        _fill_bias(module, 0.0)
     elif hasattr(module, "init_weights"):
         module.init_weights()
 
@@ -138,10 +135,9 @@ def reset_parameters(model: nn.Module) -> None:
     Raises:
         TypeError: a part has weights of its own and no method ``reset_parameters`` or ``init_weights``.
     """
-    parts: list[tuple[str, nn.Module]] = []
-    named_apply(lambda module, name: parts.append((name, module)), model, include_root=False)
     starts = []
-    for name, module in parts:
+
+    def find(module: nn.Module, name: str) -> None:
         start = getattr(module, "reset_parameters", getattr(module, "init_weights", None))
         if start is not None:
             starts.append(start)
@@ -150,6 +146,8 @@ def reset_parameters(model: nn.Module) -> None:
                 f"{name} is a {type(module).__name__}, whose weights can't be drawn anew: "
                 "its class has neither reset_parameters() nor init_weights()"
             )
+
+    named_apply(find, model, include_root=False)
     for start in starts:  # none before all are known to be there
         start()
 
@@ -166,7 +164,6 @@ def init_rule(weight_init: str, num_classes: int = 0) -> Callable[[nn.Module, st
         "skip": lambda module, name="": None,
     }
     if weight_init not in rules:
-        raise ValueError(
-            f"weight_init={weight_init!r} is unknown; allowed are {', '.join(map(repr, rules))}"
-        )
+        allowed = ", ".join(map(repr, rules))
+        raise ValueError(f"weight_init={weight_init!r} is unknown; allowed are {allowed}")
     return rules[weight_init]

@@ -44,7 +44,7 @@ def grade(number: str, answer: object) -> str:
     except Unanswered:
         return "not answered yet"
     except Exception as error:  # a reader's code may fail in any way; that is an answer too
-        return f"wrong: your code raised {type(error).__name__}{_text(error)}"
+        return f"wrong: your code raised {type(error).__name__}{_message(error)}"
     return "right" if problem is None else f"wrong: {problem}"
 
 
@@ -53,14 +53,13 @@ def _check(number: str) -> Callable[[object], str | None]:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     if number not in _CHECKS:
-        raise ValueError(
-            f"number={number!r} is no exercise; there are {', '.join(sorted(_CHECKS))}"
-        )
+        there = ", ".join(sorted(_CHECKS))
+        raise ValueError(f"number={number!r} is no exercise; there are {there}")
     return _CHECKS[number]
 
 
-def _text(error: Exception) -> str:
-    """Return an error's own text after a colon; one of a reader's making may have none that can be told."""
+def _message(error: Exception) -> str:
+    """Return an error's message after a colon; the message of a reader's own class may itself raise an error."""
     try:
         return f": {error}"
     except Exception:
@@ -76,7 +75,7 @@ def _of_plain_values(answer: object) -> object:
 
 
 def _plain(value: object) -> object:
-    """Return a value made of Python's own numbers, texts and sequences; others could say that they equal anything."""
+    """Return a value made of Python's own numbers, strings and sequences; others could say that they equal anything."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool):

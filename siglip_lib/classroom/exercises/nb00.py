@@ -1,8 +1,9 @@
 """Checks of notebook 00, check your machine."""
 
-from siglip_lib.classroom.exercises import exercise
+import operator
 
-_WEIGHTS = 64 * 16 * 729 * 729
+from siglip_lib.classroom.exercises import exercise
+from siglip_lib.classroom.exercises.helpers import first_match, is_number
 
 
 @exercise("00.1")
@@ -22,9 +23,8 @@ def packed_shape(answer) -> str | None:
         return "1152 are the channels of all 16 heads together; one head has 72"
     if sorted(shape) == sorted(right) and shape != right:
         return "the numbers are right, the order is not: pictures, tokens, q k v, heads, channels"
-    for name, found, wanted in zip(
-        ("pictures", "tokens", "q, k, v", "heads", "channels"), shape, right, strict=True
-    ):
+    names = "pictures", "tokens", "q, k, v", "heads", "channels"
+    for name, found, wanted in zip(names, shape, right, strict=True):
         if found != wanted:
             return f"the axis of {name} has {wanted} entries, not {found}"
     return None
@@ -32,22 +32,22 @@ def packed_shape(answer) -> str | None:
 
 @exercise("00.2")
 def weight_bytes(answer) -> str | None:
-    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
+    if not is_number(answer):
         return f"weight_bytes is {answer!r}; it must be a number"
+    weights = 64 * 16 * 729 * 729
+    right = 2 * weights
     mistakes = {
-        _WEIGHTS: "that is how many weights there are; each takes two bytes",
-        4 * _WEIGHTS: "that is float32; a bfloat16 number takes two bytes",
-        16 * _WEIGHTS: "bfloat16 has 16 bits; that is two bytes",
-        2 * _WEIGHTS // 16: "every one of the 16 heads has its own weights",
-        2 * _WEIGHTS // 64: "every one of the 64 pictures has its own weights",
-        2 * _WEIGHTS // 729: "there is a weight for every pair of tokens: 729 * 729 of them",
-        2
-        * _WEIGHTS
-        * 72: "a pair of tokens has one weight in a head; its 72 channels were summed up",
-        2 * _WEIGHTS * 27: "that is for all 27 layers; the question is about one",
+        "that is how many weights there are; each takes two bytes": weights,
+        "that is float32; a bfloat16 number takes two bytes": 4 * weights,
+        "bfloat16 has 16 bits; that is two bytes": 16 * weights,
+        "every one of the 16 heads has its own weights": right // 16,
+        "every one of the 64 pictures has its own weights": right // 64,
+        "there is a weight for every pair of tokens: 729 * 729 of them": right // 729,
+        "a pair of tokens has one weight in a head; its 72 channels were summed up": right * 72,
+        "that is for all 27 layers; the question is about one": right * 27,
     }
-    if answer in mistakes:
-        return mistakes[answer]
-    if answer != 2 * _WEIGHTS:
-        return f"{answer:,} bytes is {answer / (2 * _WEIGHTS):.3g} times the right number"
+    if reason := first_match(answer, mistakes, operator.eq):
+        return reason
+    if answer != right:
+        return f"{answer:,} bytes is {answer / right:.3g} times the right number"
     return None

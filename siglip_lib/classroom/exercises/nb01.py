@@ -5,15 +5,18 @@ import math
 import torch
 
 from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import first_match, near
 
 
 @exercise("01.1")
 def beyond(answer) -> str | None:
     one = answered(answer(1.0))
-    if math.isclose(one, 0.1586553, rel_tol=1e-3):
-        return "that is one side only; draws below -z count too"
-    if math.isclose(one, 0.6826895, rel_tol=1e-3):
-        return "that is the share within z, not beyond it"
+    mistakes = {
+        "that is one side only; draws below -z count too": 0.1586553,
+        "that is the share within z, not beyond it": 0.6826895,
+    }
+    if reason := first_match(one, mistakes, near(1e-3)):
+        return reason
     if math.isclose(one, 0.1572992, rel_tol=1e-5):
         return "the argument of erf and erfc is z / sqrt(2), not z"
     if not math.isclose(one, 0.3173105, rel_tol=1e-5):
@@ -26,21 +29,17 @@ def beyond(answer) -> str | None:
 @exercise("01.2")
 def truncated_std(answer) -> str | None:
     two = answered(answer(2.0))
-    density, share = 0.0539910, 0.9544997
-    likely = {
-        0.7737413: "that is the variance; the standard deviation is its square root",
-        1.0: "cutting both ends off makes the spread smaller than 1",
-        1 / 0.8796257: "that is the factor to raise std by; return its inverse",
-        math.sqrt(
-            1 - 2 * density / share
-        ): "the factor 2 c is 4 at c = 2; you have only part of it",
-        math.sqrt(
-            1 - 4 * density / 0.9772499
-        ): "divide by 2 Phi(c) - 1, the share inside, not by Phi(c)",
+    density, share, phi = 0.0539910, 0.9544997, 0.9772499
+    half, by_phi = 1 - 2 * density / share, 1 - 4 * density / phi
+    mistakes = {
+        "that is the variance; the standard deviation is its square root": 0.7737413,
+        "cutting both ends off makes the spread smaller than 1": 1.0,
+        "that is the factor to raise std by; return its inverse": 1 / 0.8796257,
+        "the factor 2 c is 4 at c = 2; you have only part of it": half**0.5,
+        "divide by 2 Phi(c) - 1, the share inside, not by Phi(c)": by_phi**0.5,
     }
-    for value, reason in likely.items():
-        if math.isclose(two, value, rel_tol=1e-4):
-            return reason
+    if reason := first_match(two, mistakes, near(1e-4)):
+        return reason
     for c, right in ((2.0, 0.8796257), (1.0, 0.5395601), (3.0, 0.9865784)):
         if not math.isclose(answer(c), right, rel_tol=1e-4):
             return f"truncated_std({c:.0f}) is {answer(c):.4f}, but must be {right:.4f}"
@@ -50,12 +49,8 @@ def truncated_std(answer) -> str | None:
 @exercise("01.3")
 def count_values(answer) -> str | None:
     answered(answer(1.0, 2.0))
-    for a, b, both_inside in (
-        (1.0, 2.0, True),
-        (1.0, 1.5, True),
-        (0.01, 0.02, False),
-        (0.049, 0.05, False),
-    ):
+    cases = (1.0, 2.0, True), (1.0, 1.5, True), (0.01, 0.02, False), (0.049, 0.05, False)
+    for a, b, both_inside in cases:
         right, found = len(_bfloat16_between(a, b)), int(answer(a, b))
         if found == right - 1 and both_inside:
             return f"count_values({a}, {b}) is {found}, one short: both ends count"

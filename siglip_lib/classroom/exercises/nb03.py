@@ -1,29 +1,26 @@
 """Checks of notebook 03, attention."""
 
 import math
+from functools import partial
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import ShapesMade, first_match, near
 from siglip_lib.tower.attention import Attention
 
 
 @exercise("03.1")
 def score_std(answer) -> str | None:
     found, right = float(answered(answer(1152, 16, 0.02))), 1152 * 0.02**2
-
-    def is_near(value):
-        return math.isclose(found, value, rel_tol=1e-2)
-
-    if is_near(right * 72**0.5):
-        return "those are the scores before the scale head_dim ** -0.5"
-    if is_near(right**0.5):
-        return "that is the standard deviation of one channel of q; a score multiplies q by k"
-    if is_near(right**2):
-        return "that is the variance; the standard deviation is its square root"
-    if is_near(right / 72**0.5):
-        return "that is one product, scaled; a score sums head_dim of them"
+    mistakes = {
+        "those are the scores before the scale head_dim ** -0.5": right * 72**0.5,
+        "that is the standard deviation of one channel of q; a score multiplies q by k": right**0.5,
+        "that is the variance; the standard deviation is its square root": right**2,
+        "that is one product, scaled; a score sums head_dim of them": right / 72**0.5,
+    }
+    if reason := first_match(found, mistakes, near(1e-2)):
+        return reason
     for dim, heads, std in ((1152, 16, 0.02), (1152, 16, 0.05), (768, 12, 0.02), (1152, 8, 0.02)):
         found, right = float(answer(dim, heads, std)), dim * std**2
         if not math.isclose(found, right, rel_tol=1e-2):
@@ -67,34 +64,34 @@ def pack(answer) -> str | None:
 def attend_in_chunks(answer) -> str | None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(96, 16, generator=generator, dtype=torch.float64) for _ in range(3))
-    with _Largest() as watched:
+    with ShapesMade() as made:
         found = answered(answer(q, k, v, 8))
     if found.shape != q.shape:
         return f"the output has shape {tuple(found.shape)}, not {tuple(q.shape)}"
 
-    def same(x, y):
-        return torch.allclose(x, y, rtol=1e-6, atol=1e-9)
+    same = partial(torch.allclose, rtol=1e-6, atol=1e-9)
 
     def right(q, k, v, scale=16**-0.5):
         return (q @ k.T * scale).softmax(-1) @ v
 
-    if same(found, right(q, k, v, 1.0)):
-        return "the scores lack the scale 1 / sqrt(head_dim)"
-    if same(found, right(q, k[-8:], v[-8:])):
-        return "only the last chunk counts; add to what the earlier ones gave"
-    if same(found, torch.stack([right(q, *p) for p in _chunks(k, v, 8)]).mean(0)):
-        return "each chunk has a softmax of its own here; one sum must run over all keys"
-    if same(found, torch.stack([right(q, *p) for p in _chunks(k, v, 8)]).sum(0)):
-        return "each chunk has a softmax of its own here, and their results are added; divide once, at the end"
+    chunks = torch.stack([right(q, *part) for part in zip(k.split(8), v.split(8), strict=True)])
+    added = chunks.sum(0)
+    mistakes = {
+        "the scores lack the scale 1 / sqrt(head_dim)": right(q, k, v, 1.0),
+        "only the last chunk counts; add to what the earlier ones gave": right(q, k[-8:], v[-8:]),
+        "each chunk has a softmax of its own here; one sum must run over all keys": chunks.mean(0),
+        "each chunk has a softmax of its own here, and their results are added; divide once, at the end": added,
+    }
+    if reason := first_match(found, mistakes, same):
+        return reason
     if not same(found, right(q, k, v)):
-        one = answer(q, k, v, 96)
-        if same(one, right(q, k, v)):
+        if same(answer(q, k, v, 96), right(q, k, v)):
             return (
                 "with one chunk it is right, with more it is not: when the largest score grows, "
                 "both sums so far must be multiplied by exp(old - new)"
             )
         return "wrong even with a single chunk of all keys"
-    if watched.numel >= 96 * 96:
+    if made.most_elements >= 96 * 96:
         return "right, but a tensor of N x N numbers was formed; hold N x chunk at most"
     if not answer(100 * q, 100 * k, v, 8).isfinite().all():
         return "large scores overflow: take exp of the score minus the largest so far"
@@ -103,20 +100,3 @@ def attend_in_chunks(answer) -> str | None:
     if not same(answer(q, k, v, 7), right(q, k, v)):
         return "wrong when chunk does not divide N: the last chunk is shorter"
     return None
-
-
-def _chunks(k, v, size):
-    return zip(k.split(size), v.split(size), strict=True)
-
-
-class _Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out

@@ -6,25 +6,23 @@ import torch
 from torch import nn
 
 from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import first_match, near, was_changed
 
 
 @exercise("05.1")
 def expected_blocks(answer) -> str | None:
     found = float(answered(answer(0.4, 27)))
     mistakes = {
-        27 * 0.6: "that drops every block at the full rate; block l has its own, from 0 up",
-        27 * 0.2: "that is how many are dropped, not how many are kept",
-        27
-        - 0.4
-        * 26
-        / 2: "the last block must reach the full rate: divide l by depth - 1, not by depth",
-        27 - 0.4 * 28 / 2: "count blocks from 0: the first is never dropped",
-        27 - 0.4 * 378 / 26: "count blocks from 0 to depth - 1",
-        0.8: "that is the average share; multiply by the number of blocks, or add them up",
+        "that drops every block at the full rate; block l has its own, from 0 up": 27 * 0.6,
+        "that is how many are dropped, not how many are kept": 27 * 0.2,
+        "the last block must reach the full rate: divide l by depth - 1, not by depth": 27
+        - 0.4 * 13,
+        "count blocks from 0: the first is never dropped": 27 - 0.4 * 14,
+        "count blocks from 0 to depth - 1": 27 - 0.4 * 378 / 26,
+        "that is the average share; multiply by the number of blocks, or add them up": 0.8,
     }
-    for value, reason in mistakes.items():
-        if math.isclose(found, value, rel_tol=1e-4):
-            return reason
+    if reason := first_match(found, mistakes, near(1e-4)):
+        return reason
     for rate, depth, right in ((0.4, 27, 21.6), (0.2, 12, 10.8), (0.9, 2, 1.1), (0.0, 5, 5.0)):
         if not math.isclose(float(answer(rate, depth)), right, rel_tol=1e-4):
             return f"expected_blocks({rate}, {depth}) is {float(answer(rate, depth)):.3f}; it must be {right}"
@@ -34,18 +32,16 @@ def expected_blocks(answer) -> str | None:
 @exercise("05.2")
 def drop_path_std(answer) -> str | None:
     found = float(answered(answer(0.2)))
+    root = math.sqrt(1.25)
     mistakes = {
-        0.25: "that is the variance; the standard deviation is its square root",
-        0.4: "that is without the division by 1 - p: what is kept is 1 / (1 - p), not 1",
-        0.16: "that is the variance, and of a DropPath that does not divide by 1 - p",
-        2.0: "p and 1 - p are exchanged: more dropping must make more noise",
-        math.sqrt(
-            1.25
-        ): "that is the root of the mean square; take off the square of the mean, which is 1",
+        "that is the variance; the standard deviation is its square root": 0.25,
+        "that is without the division by 1 - p: what is kept is 1 / (1 - p), not 1": 0.4,
+        "that is the variance, and of a DropPath that does not divide by 1 - p": 0.16,
+        "p and 1 - p are exchanged: more dropping must make more noise": 2.0,
+        "that is the root of the mean square; take off the square of the mean, which is 1": root,
     }
-    for value, reason in mistakes.items():
-        if math.isclose(found, value, rel_tol=1e-4):
-            return reason
+    if reason := first_match(found, mistakes, near(1e-4)):
+        return reason
     for p in (0.2, 0.5, 0.9, 0.0):
         right = math.sqrt(p / (1 - p))
         if not math.isclose(float(answer(p)), right, rel_tol=1e-4, abs_tol=1e-6):
@@ -66,14 +62,13 @@ def fold(answer) -> str | None:
         folded = answered(answer(linear, gamma))
         if not isinstance(folded, nn.Linear):
             return f"fold must return an nn.Linear, not {type(folded).__name__}"
-        if folded is linear or not all(
-            torch.equal(linear.state_dict()[n], before[n]) for n in before
-        ):
+        if folded is linear or was_changed(linear.state_dict(), before):
             return "the given Linear was changed; put the result into a new one"
         if (folded.bias is None) == bias:
-            return f"a Linear {'with' if bias else 'without'} a bias must give one {'with' if bias else 'without'}"
-        problem = _compare(folded, linear, gamma, torch.randn(5, inputs, generator=generator))
-        if problem:
+            word = "with" if bias else "without"
+            return f"a Linear {word} a bias must give one {word}"
+        h = torch.randn(5, inputs, generator=generator)
+        if problem := _compare(folded, linear, gamma, h):
             return problem
     return None
 

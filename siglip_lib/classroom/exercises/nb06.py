@@ -1,33 +1,41 @@
 """Checks of notebook 06, the block."""
 
+import operator
+
 import torch
 
 from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import (
+    first_match,
+    is_number,
+    is_pair,
+    is_tensor,
+    was_changed,
+)
 from siglip_lib.tower.block import Block
-
-_D, _PATCH, _POSITIONS, _BLOCK = 1152, 3 * 14 * 14, 729, 15_239_504
-_TOWER = _PATCH * _D + _D + _POSITIONS * _D + 27 * _BLOCK + 2 * _D
 
 
 @exercise("06.1")
 def tower(answer) -> str | None:
-    mistakes = {
-        _TOWER
-        - _D: "one bias or one half of the norm is missing: a LayerNorm has a weight and a bias, "
-        "the patch embedding has a bias too",
-        _TOWER - 2 * _D: "the final LayerNorm is missing: a weight and a bias for each channel",
-        _TOWER - _POSITIONS * _D: "the vectors of the 729 positions are missing",
-        _TOWER - _PATCH * _D - _D: "the patch embedding is missing",
-        _TOWER - 2 * 14 * 14 * _D: "a patch has three colours: 3 * 14 * 14 values for each channel",
-        _TOWER - 26 * _BLOCK: "there are 27 blocks, not one",
-        _TOWER + 15_238_352: "that is the tower with its pooling head",
-    }
-    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
+    if not is_number(answer):
         return f"tower is {answer!r}; it must be a number"
-    if answer in mistakes:
-        return mistakes[answer]
-    if answer != _TOWER:
-        return f"{answer:,} is {abs(answer - _TOWER):,} too {'many' if answer > _TOWER else 'few'}"
+    width, block = 1152, 15_239_504
+    patches, positions = 3 * 14 * 14 * width + width, 729 * width
+    right = patches + positions + 27 * block + 2 * width
+    too_few = {
+        "one bias or one half of the norm is missing: a LayerNorm has a weight and a bias, "
+        "the patch embedding has a bias too": width,
+        "the final LayerNorm is missing: a weight and a bias for each channel": 2 * width,
+        "the vectors of the 729 positions are missing": positions,
+        "the patch embedding is missing": patches,
+        "a patch has three colours: 3 * 14 * 14 values for each channel": 2 * 14 * 14 * width,
+        "there are 27 blocks, not one": 26 * block,
+        "that is the tower with its pooling head": -15_238_352,
+    }
+    if reason := first_match(right - answer, too_few, operator.eq):
+        return reason
+    if answer != right:
+        return f"{answer:,} is {abs(answer - right):,} too {'many' if answer > right else 'few'}"
     return None
 
 
@@ -42,15 +50,13 @@ def parallel(answer) -> str | None:
     before = x.clone()
     with torch.no_grad():
         found = answered(answer(block, x))
-        if not torch.equal(x, before):
+        if was_changed(x, before):
             return "your function changed its input x; the caller still needs it"
         attended, widened = block.attn(block.norm1(x)), block.mlp(block.norm2(x))
         scaled, scaled_mlp = block.ls1(attended), block.ls2(widened)
-        other_norm = block.ls2(block.mlp(block.norm1(x)))
+        ordinary, other_norm = block(x), block.ls2(block.mlp(block.norm1(x)))
         mistakes = {
-            "that is the ordinary block: its MLP starts from x plus the attention, not from x": block(
-                x
-            ),
+            "that is the ordinary block: its MLP starts from x plus the attention, not from x": ordinary,
             "x itself is missing: both branches are added to the stream": scaled + scaled_mlp,
             "x is in the sum twice; there is one stream": 2 * x + scaled + scaled_mlp,
             "the LayerScales ls1 and ls2 are missing": x + attended + widened,
@@ -59,21 +65,21 @@ def parallel(answer) -> str | None:
             "the attention's branch is missing": x + scaled_mlp,
         }
         right = x + scaled + scaled_mlp
-    if not isinstance(found, torch.Tensor) or found.shape != x.shape:
+    if not is_tensor(found, *x.shape):
         return f"the result must be a tensor of x's shape, {tuple(x.shape)}"
     if torch.allclose(found, right):
         return None
-    for text, wrong in mistakes.items():
-        if torch.allclose(found, wrong):
-            return text
-    return "the result is not x + ls1(attn(norm1(x))) + ls2(mlp(norm2(x)))"
+    return (
+        first_match(found, mistakes)
+        or "the result is not x + ls1(attn(norm1(x))) + ls2(mlp(norm2(x)))"
+    )
 
 
 @exercise("06.3")
 def idle(answer) -> str | None:
     dim = 96
     found = answered(answer(dim))
-    if not isinstance(found, (tuple, list)) or len(found) != 2:
+    if not is_pair(found):
         return f"idle({dim}) is {found!r}; it must be a pair, (first, after the last)"
     pair = tuple(found)
     if pair == (0, dim):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import is_pair, is_tensor, was_changed
 
 
 @exercise("07.1")
@@ -12,10 +13,9 @@ def count(answer) -> str | None:
         for pad in (False, True):
             call = f"count({height}, {width}, {patch}, {pad})"
             found = answered(answer(height, width, patch, pad))
-            if not isinstance(found, (tuple, list)) or len(found) != 2:
+            if not is_pair(found):
                 return f"{call} is {found!r}; it must be a pair, (tokens, pixels)"
-            problem = _count_problem(height, width, patch, pad, *found)
-            if problem:
+            if problem := _count_problem(height, width, patch, pad, *found):
                 return f"{call} is {tuple(found)}: {problem}"
     return None
 
@@ -54,10 +54,10 @@ def to_convolution(answer) -> str | None:
         weight = torch.randn(5, 3 * p * p, generator=draw)
         before = weight.clone()
         found = answered(answer(weight))
-        if not torch.equal(weight, before):
+        if was_changed(weight, before):
             return "your function changed its input; the caller still needs it"
-        if not isinstance(found, torch.Tensor) or found.shape != (5, 3, p, p):
-            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else found
+        if not is_tensor(found, 5, 3, p, p):
+            shape = _shape(found)
             return f"for a weight of shape (5, {3 * p * p}) p is {p}; the result must be (5, 3, {p}, {p}), not {shape}"
         tiles = weight.unflatten(1, (p, p, 3))  # (D, row, column, colour)
         if torch.equal(found, tiles.permute(0, 3, 1, 2)):
@@ -70,6 +70,10 @@ def to_convolution(answer) -> str | None:
     return None
 
 
+def _shape(found: object) -> object:
+    return tuple(found.shape) if isinstance(found, torch.Tensor) else found
+
+
 @exercise("07.3")
 def enlarge(answer) -> str | None:
     draw = torch.Generator().manual_seed(0)
@@ -77,8 +81,8 @@ def enlarge(answer) -> str | None:
         weight = torch.randn(6, 3, p, p, generator=draw, dtype=torch.float64)
         patches = torch.randn(20, 3, p, p, generator=draw, dtype=torch.float64)
         found = answered(answer(weight, q))
-        if not isinstance(found, torch.Tensor) or found.shape != (6, 3, q, q):
-            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else found
+        if not is_tensor(found, 6, 3, q, q):
+            shape = _shape(found)
             return f"for weights (6, 3, {p}, {p}) and q = {q} the result must be (6, 3, {q}, {q}), not {shape}"
         larger = F.interpolate(patches, size=(q, q), mode="bilinear")
         wanted = patches.flatten(1) @ weight.flatten(1).T

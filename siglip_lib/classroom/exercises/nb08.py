@@ -1,8 +1,17 @@
 """Checks of notebook 08, the vision transformer."""
 
+import operator
+
 import torch
 
 from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import (
+    first_match,
+    is_number,
+    is_pair,
+    is_tensor,
+    was_changed,
+)
 from siglip_lib.tower.vision_transformer import VisionTransformer
 
 _SO400M = (1152, 27, 4304, 14, 729)
@@ -20,20 +29,20 @@ def _parameters(width: int, layers: int, hidden: int, patch: int, tokens: int) -
 def parameters(answer) -> str | None:
     width, layers, _, patch, tokens = _SO400M
     found, right = answered(answer(*_SO400M)), _parameters(*_SO400M)
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
+    if not is_number(found):
         return f"your function returns {found!r}; it must return a number"
-    one_norm = "a norm is missing, or its bias and another one: the last norm, or the head's own"
-    mistakes = {
-        15_238_352: "the pooling head is missing",
-        -width: "that counts the head as a block; it has one norm less, and the latent",
-        width: "one vector of the width is missing: the latent, a bias, or one half of a norm",
-        2 * width: one_norm,
-        tokens * width: "the position embeddings are missing",
-        2 * patch * patch * width: "a patch has three colours",
-        (layers - 1) * 15_239_504: "there are several blocks, not one",
+    two = 2 * width
+    too_few = {
+        "the pooling head is missing": 15_238_352,
+        "that counts the head as a block; it has one norm less, and the latent": -width,
+        "one vector of the width is missing: the latent, a bias, or one half of a norm": width,
+        "a norm is missing, or its bias and another one: the last norm, or the head's own": two,
+        "the position embeddings are missing": tokens * width,
+        "a patch has three colours": 2 * patch * patch * width,
+        "there are several blocks, not one": (layers - 1) * 15_239_504,
     }
-    if right - found in mistakes:
-        return mistakes[right - found]
+    if reason := first_match(right - found, too_few, operator.eq):
+        return reason
     if found != right:
         word = "many" if found > right else "few"
         return f"for SO400M you count {found:,}, which is {abs(found - right):,} too {word}"
@@ -56,7 +65,7 @@ def join(answer) -> str | None:
         return [state[f"encoder.layers.{i}.self_attn.{part}_proj.{kind}"] for part in order]
 
     found = answered(answer(dict(state), 1))
-    if not isinstance(found, (tuple, list)) or len(found) != 2:
+    if not is_pair(found):
         return "the result must be a pair, (weight, bias)"
     if not all(isinstance(tensor, torch.Tensor) for tensor in found):
         return "both parts of the pair must be tensors"
@@ -100,24 +109,21 @@ def second_to_last(answer) -> str | None:
         x = torch.randn(2, 3, 28, 28, dtype=torch.float64)
         before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
         found = answered(answer(tower.eval(), x))
-        after = tower.state_dict()
-        if len(tower.blocks) != 4 or any(not torch.equal(before[n], after[n]) for n in before):
+        if was_changed(tower.state_dict(), before):
             return "your function changed the tower; somebody else still needs it whole"
         stages = tower.intermediates(x)
-        right = tower.norm(stages["blocks.2"])
+        right, one_less = tower.norm(stages["blocks.2"]), tower.norm(stages["blocks.1"])
         mistakes = {
             "the last norm is missing: the shorter tower ends in it too": stages["blocks.2"],
             "those are the tokens of the whole tower": stages["norm"],
-            "that is one block too few: the second to last has index depth - 2": tower.norm(
-                stages["blocks.1"]
-            ),
+            "that is one block too few: the second to last has index depth - 2": one_less,
             "those are the tokens after the last block, before the norm": stages["blocks.3"],
         }
-    if not isinstance(found, torch.Tensor) or found.shape != right.shape:
+    if not is_tensor(found, *right.shape):
         return f"the result must be a tensor of shape {tuple(right.shape)}: all tokens, not pooled"
     if torch.allclose(found, right):
         return None
-    for text, wrong in mistakes.items():
-        if torch.allclose(found, wrong):
-            return text
-    return "the result is not the last norm of what the second to last block returned"
+    return (
+        first_match(found, mistakes)
+        or "the result is not the last norm of what the second to last block returned"
+    )

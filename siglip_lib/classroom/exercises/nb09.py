@@ -1,34 +1,38 @@
 """Checks of notebook 09, the sigmoid loss."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import (
+    ShapesMade,
+    first_match,
+    is_number,
+    is_tensor,
+    near,
+    was_changed,
+)
 from siglip_lib.siglip.losses import sigmoid_loss
 
 
 @exercise("09.1")
 def balanced(answer) -> str | None:
     found = answered(answer(8, 12, 10))
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
+    if not is_number(found):
         return f"your function returns {found!r}; it must return a number"
-    right = math.log(10 / 86)
+    right, square = math.log(10 / 86), -math.log(7)
     mistakes = {
-        -right: "the sign is wrong: there are more negatives than positives, so b is negative",
-        10 / 86: "that is the odds of a positive; b is the logarithm of that",
-        math.log(10 / 96): "push is of the pairs that are no positives: those are not all pairs",
-        math.log(
-            1 / 7
-        ): "that is for 8 pictures with one text each; here pairs are 8 · 12, positives 10",
-        math.log(10): "without the negatives there is nothing to balance",
+        "the sign is wrong: there are more negatives than positives, so b is negative": -right,
+        "that is the odds of a positive; b is the logarithm of that": 10 / 86,
+        "push is of the pairs that are no positives: those are not all pairs": math.log(10 / 96),
+        "that is for 8 pictures with one text each; here pairs are 8 · 12, positives 10": square,
+        "without the negatives there is nothing to balance": math.log(10),
     }
-    for value, text in mistakes.items():
-        if math.isclose(found, value, rel_tol=1e-6):
-            return text
+    if reason := first_match(found, mistakes, near(1e-6)):
+        return reason
     if not math.isclose(found, right, rel_tol=1e-6):
         return f"8 pictures, 12 texts, 10 positives: you say {found:.4f}, and there pull and push differ"
     if not math.isclose(answer(32768, 32768, 32768), -math.log(32767), rel_tol=1e-6):
@@ -44,11 +48,12 @@ def by_logits(answer) -> str | None:
     z = 2.0 * yes - 1.0
     before = logits.clone()
     found = answered(answer(logits, yes.clone()))
-    if not isinstance(found, torch.Tensor) or found.shape != logits.shape:
+    if not is_tensor(found, 4, 6):
         return "the result must be a tensor of the shape of the logits: a gradient for each"
-    if not torch.equal(logits, before):
+    if was_changed(logits, before):
         return "your function changed the logits that it was given"
-    wrongly = torch.sigmoid(-z * logits)  # the probability that was given to the wrong answer
+    # the probabilities that were given to the wrong and to the right answer
+    wrongly, rightly = torch.sigmoid(-z * logits), 1 - torch.sigmoid(-z * logits)
     right = -z * wrongly / 4
     softmax = logits.softmax(1) - yes.double()
     mistakes = {
@@ -59,33 +64,19 @@ def by_logits(answer) -> str | None:
         "that treats all pairs as wrong: what does a yes change?": logits.sigmoid() / 4,
         "that is the loss of each pair, not its derivative": -F.logsigmoid(z * logits) / 4,
         "a softmax couples the pairs of a row; here each stands alone": softmax / 4,
-        "small must be the gradient of a pair that is right; yours is large": -z
-        * (1 - wrongly)
-        / 4,
+        "small must be the gradient of a pair that is right; yours is large": -z * rightly / 4,
     }
-    if torch.allclose(found.double(), right, atol=1e-7):
+    same = partial(torch.allclose, atol=1e-7)
+    if same(found.double(), right):
         return None
-    for text, wrong in mistakes.items():
-        if torch.allclose(found.double(), wrong, atol=1e-7):
-            return text
+    if reason := first_match(found.double(), mistakes, same):
+        return reason
     where = (found - right).abs().argmax().item()
     row, column = divmod(where, 6)
     return (
         f"for a {'yes' if yes[row, column] else 'no'} with the logit {logits[row, column]:.2f} you give "
         f"{found[row, column]:.4f} where it must be {right[row, column]:.4f} (4 pictures)"
     )
-
-
-class _Largest(TorchDispatchMode):
-    """Notes how many numbers the largest tensor made inside has."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.numbers = max(self.numbers, *sizes, 0)
-        return out
 
 
 @exercise("09.3")
@@ -95,9 +86,9 @@ def in_halves(answer) -> str | None:
     image, text = (F.normalize(x, dim=1).requires_grad_() for x in vectors)
     scalars = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (1.5, -1.0)]
     learned = image, text, *scalars
-    with _Largest() as seen:
+    with ShapesMade() as made:
         found = answered(answer(*learned))
-    if not isinstance(found, torch.Tensor) or found.shape != ():
+    if not is_tensor(found):
         return "the result must be the loss, a tensor of shape ()"
     value = found.item()
 
@@ -107,29 +98,25 @@ def in_halves(answer) -> str | None:
         given = (numbers[i], numbers[j]) if ids else ()
         return sigmoid_loss(x, y, *scalars, *given).item()
 
-    corners = part(0, 0) + part(1, 1)
-    crossed = corners + part(0, 1) + part(1, 0)
-    without_ids = sum(part(i, j, ids=False) for i in (0, 1) for j in (0, 1))
+    half, others = part(0, 0) + part(1, 1), (part(0, 1), part(1, 0))
+    crossed = half + sum(others)
+    quarter, corners = crossed / 4, (half / 2, half)
+    whole = sum(part(i, j, ids=False) for i in (0, 1) for j in (0, 1))
+    without_ids = whole / 2, whole
+    twice = tuple((half + 2 * other) / 2 for other in others)
     mistakes = {
-        crossed: "every call divides by 4 pictures, and the whole loss by 8: twice too large",
-        crossed
-        / 4: "half of what it must be: every call divides by 4 pictures, the whole loss by 8",
-        corners
-        / 2: "the first pictures are never asked about the second texts, nor the second about the first",
-        corners: "the first pictures are never asked about the second texts, nor the second about the first",
-        without_ids
-        / 2: "without ids the first picture and the fifth text are taken to belong together",
-        without_ids: "without ids the first picture and the fifth text are taken to belong together",
-        (corners + 2 * part(0, 1)) / 2: "one pair of halves comes twice, and another never",
-        (corners + 2 * part(1, 0)) / 2: "one pair of halves comes twice, and another never",
+        "every call divides by 4 pictures, and the whole loss by 8: twice too large": crossed,
+        "half of what it must be: every call divides by 4 pictures, the whole loss by 8": quarter,
+        "the first pictures are never asked about the second texts, nor the second about the first": corners,
+        "without ids the first picture and the fifth text are taken to belong together": without_ids,
+        "one pair of halves comes twice, and another never": twice,
     }
     right = sigmoid_loss(*learned)
     if not math.isclose(value, right.item(), rel_tol=1e-9):
-        for wrong, reason in mistakes.items():
-            if math.isclose(value, wrong, rel_tol=1e-9):
-                return reason
+        if reason := first_match(value, mistakes, near(1e-9)):
+            return reason
         return f"the loss of 8 pairs is {right:.6f}; you return {value:.6f}"
-    if seen.numbers >= 64:
+    if made.most_elements >= 64:
         return "right, but the matrix of all pairs was formed: no call may see more than half of the pictures"
     if not found.requires_grad:
         return "right, but no gradient can flow back from your result: keep it a tensor"

@@ -1,10 +1,18 @@
 """Checks of notebook 10, SigLIP trained."""
 
 import math
+from functools import partial
 
 import torch
 
 from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import (
+    first_match,
+    is_number,
+    is_tensor,
+    near,
+    was_changed,
+)
 
 
 def _softplus(x: float) -> float:
@@ -17,22 +25,21 @@ def start_loss(answer) -> str | None:
         yes, no = _softplus(-bias), _softplus(bias)
         right = yes + (batch - 1) * no
         found = answered(answer(batch, bias))
-        if isinstance(found, bool) or not isinstance(found, (int, float)):
+        if not is_number(found):
             return f"your function returns {found!r}; it must return a number"
         if math.isclose(found, right, rel_tol=1e-6):
             continue
         mistakes = {
-            yes: "the B - 1 texts that do not belong to the picture are missing",
-            yes + batch * no: "a picture has one text of its own and B - 1 others, not B",
-            no + (batch - 1) * yes: "yes and no are exchanged: yes costs -log sigmoid(b)",
-            (batch - 1) * no: "the text that does belong to the picture is missing",
-            batch * right: "that is the sum; SigLIP divides it by the number of pictures",
-            right / batch: "that is divided by B twice; divide the sum over B² pairs by B",
-            -right: "the sign is wrong: a loss is positive",
+            "the B - 1 texts that do not belong to the picture are missing": yes,
+            "a picture has one text of its own and B - 1 others, not B": yes + batch * no,
+            "yes and no are exchanged: yes costs -log sigmoid(b)": no + (batch - 1) * yes,
+            "the text that does belong to the picture is missing": (batch - 1) * no,
+            "that is the sum; SigLIP divides it by the number of pictures": batch * right,
+            "that is divided by B twice; divide the sum over B² pairs by B": right / batch,
+            "the sign is wrong: a loss is positive": -right,
         }
-        for value, reason in mistakes.items():
-            if math.isclose(found, value, rel_tol=1e-6):
-                return reason
+        if reason := first_match(found, mistakes, near(1e-6)):
+            return reason
         return f"for B = {batch}, b = {bias} your loss is {found:.4g}; it must be {right:.4g}"
     return None
 
@@ -48,7 +55,7 @@ def recall_at(answer) -> str | None:
     found = [_number(answered(answer(similarity, right, k))) for k in (1, 2, 3)]
     if None in found:
         return "the result must be one number"
-    if not torch.equal(similarity, before):
+    if was_changed(similarity, before):
         return "your function changed the similarities"
     if found == [0.5, 0.75, 1.0]:
         return "a wrong answer that is as similar as the right one must count as being before it"
@@ -86,18 +93,20 @@ def ensemble(answer) -> str | None:
     found = answered(answer(vectors))
     if not isinstance(found, torch.Tensor):
         return "the result must be a tensor"
-    if not torch.equal(vectors, before):
+    if was_changed(vectors, before):
         return "your function changed the vectors it was given"
-    if found.shape != (3, 5):
+    if not is_tensor(found, 3, 5):
         return f"the result has shape {tuple(found.shape)}; of (4, 3, 5) it must be (3, 5)"
-    if torch.allclose(found, right, atol=1e-6):
+    same = partial(torch.allclose, atol=1e-6)
+    if same(found, right):
         return None
-    if torch.allclose(found, mean, atol=1e-6):
-        return "a mean of unit vectors is shorter than 1: bring it to length 1 again"
-    if torch.allclose(found, mean / mean.norm(), atol=1e-6):
-        return "each class's vector must have length 1, not all of them together"
-    if torch.allclose(found, mean / mean.norm(dim=0, keepdim=True), atol=1e-6):
-        return "the length is that along D, the last axis"
+    mistakes = {
+        "a mean of unit vectors is shorter than 1: bring it to length 1 again": mean,
+        "each class's vector must have length 1, not all of them together": mean / mean.norm(),
+        "the length is that along D, the last axis": mean / mean.norm(dim=0, keepdim=True),
+    }
+    if reason := first_match(found, mistakes, same):
+        return reason
     if torch.allclose(found.norm(dim=-1), torch.ones(3), atol=1e-5):
         return "the vectors have length 1, but another direction than the mean over the templates"
     return "the result is not the mean over the templates, brought to length 1"

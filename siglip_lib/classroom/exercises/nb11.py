@@ -1,10 +1,13 @@
 """Checks of notebook 11, attention maps."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import first_match, is_tensor, was_changed
 from siglip_lib.tower.vision_transformer import VisionTransformer
 
 
@@ -22,31 +25,25 @@ def mass(answer) -> str | None:
     inside = _inside(4, 6, boxes, 24)
     total = maps.sum((1, 2))
     found = answered(answer(maps.clone(), boxes.clone(), 24))
-    if not isinstance(found, Tensor) or found.shape != (3,):
+    if not is_tensor(found, 3):
         return "the result must be a tensor of shape (B,): one share for each map"
     right = (maps * inside).sum((1, 2)) / total
     if torch.allclose(found.float(), right):
         return None
     swapped = _inside(4, 6, boxes[:, [1, 0, 3, 2]], 24)
     with_end = _inside(4, 6, boxes + torch.tensor([0, 0, 1e-3, 1e-3]), 24)
+    sums, exchanged = right * total, (maps * swapped).sum((1, 2))
     mistakes = {
-        "that is the sum inside the box; divide it by the map's own sum": right * total,
-        "divide by the sum of each map, not by that of all maps": right * total / maps.sum(),
+        "that is the sum inside the box; divide it by the map's own sum": sums,
+        "divide by the sum of each map, not by that of all maps": sums / maps.sum(),
         "that counts patches; the map's values must decide": inside.float().mean((1, 2)),
-        "that is the mean inside the box, not its share of the whole": (
-            right * total / inside.sum((1, 2))
-        ),
-        "x and y are swapped: a box is x0, y0, x1, y1, and x runs along the columns": (
-            (maps * swapped).sum((1, 2)) / total
-        ),
+        "that is the mean inside the box, not its share of the whole": sums / inside.sum((1, 2)),
+        "x and y are swapped: a box is x0, y0, x1, y1, and x runs along the columns": exchanged
+        / total,
         "a centre at x1 or y1 is outside": (maps * with_end).sum((1, 2)) / total,
     }
-    for text, wrong in mistakes.items():
-        if torch.allclose(found.float(), wrong):
-            return text
-    return (
-        "the shares are wrong; is a patch inside when its centre is, in pixels and not in patches?"
-    )
+    rule = "is a patch inside when its centre is, in pixels and not in patches?"
+    return first_match(found.float(), mistakes) or f"the shares are wrong; {rule}"
 
 
 @exercise("11.2")
@@ -63,28 +60,25 @@ def keeping(answer) -> str | None:
 
     given = [weights.clone() for weights in blocks]
     found = answered(answer(given, pool.clone(), 0.8))
-    if len(given) != 3 or any(not torch.equal(a, b) for a, b in zip(given, blocks, strict=True)):
+    if was_changed(given, blocks):
         return "your function changed the weights that it was given"
-    if not isinstance(found, Tensor) or found.shape != (2, 5):
+    if not is_tensor(found, 2, 5):
         return "the result must be a tensor of shape (B, N)"
-    back = blocks[::-1]
-    if torch.allclose(found, roll(back, 0.8), atol=1e-6):
-        if not torch.allclose(answer(blocks, pool, 1.0), pool.mean(1)[:, 0], atol=1e-6):
+    back, transposed = blocks[::-1], [weights.mT for weights in blocks[::-1]]
+    same = partial(torch.allclose, atol=1e-6)
+    if same(found, roll(back, 0.8)):
+        if not same(answer(blocks, pool, 1.0), pool.mean(1)[:, 0]):
             return "right for keep = 0.8, but keep = 1 does not give the pooling head's own map"
         return None
     mistakes = {
         "that keeps one half, whatever keep is": roll(back, 0.5),
         "keep is the share of what a token was; you give it to what it looked at": roll(back, 0.2),
         "begin at the last block: the pooling head reads what that one wrote": roll(blocks, 0.8),
-        "a row says where a token looks; you follow the columns": roll(
-            [weights.mT for weights in back], 0.8
-        ),
+        "a row says where a token looks; you follow the columns": roll(transposed, 0.8),
         "take the mean over the heads": roll(back, 0.8, lambda w: w.amax(1)),
     }
-    for text, wrong in mistakes.items():
-        if torch.allclose(found, wrong, atol=1e-6):
-            return text
-    return "the map is wrong; each block must turn r into keep * r + (1 - keep) * r @ A"
+    rule = "each block must turn r into keep * r + (1 - keep) * r @ A"
+    return first_match(found, mistakes, same) or f"the map is wrong; {rule}"
 
 
 @exercise("11.3")
@@ -112,30 +106,25 @@ def squares(answer) -> str | None:
 
         given, white = pixels.clone(), torch.ones_like(pixels)
         found = answered(answer(tower, given, text, 8))
-        if not torch.equal(given, pixels):
+        if was_changed(given, pixels):
             return "your function changed the pixels that it was given"
-        if not isinstance(found, Tensor) or found.shape != (2, 2, 3):
+        if not is_tensor(found, 2, 2, 3):
             return "the result must have the shape (B, rows, columns); 16 x 24 pixels have (2, 3) squares of 8"
         found = found.double()
         right, covered = scores(white, pixels), scores(pixels, white)
+        on_grey, on_black = scores(0 * white, pixels), scores(-white, pixels)
+        products = scores(white, pixels, lambda z, t: (z * t).sum(1))
         whole = F.cosine_similarity(tower(pixels), text)[:, None, None]
         mistakes = {
             "that covers the square; it must cover all but the square": covered,
             "that is occlusion, the fall when the square is covered": whole - covered,
             "isolation is the score itself, not how much lower than the whole it is": whole - right,
-            "cover with white, which is 1.0 on the pixels' scale; you cover with 0, a grey": scores(
-                torch.zeros_like(pixels), pixels
-            ),
-            "cover with white, which is 1.0 on the pixels' scale; you cover with -1, black": scores(
-                -white, pixels
-            ),
-            "the score is a cosine; divide by both lengths": scores(
-                white, pixels, lambda z, t: (z * t).sum(1)
-            ),
+            "cover with white, which is 1.0 on the pixels' scale; you cover with 0, a grey": on_grey,
+            "cover with white, which is 1.0 on the pixels' scale; you cover with -1, black": on_black,
+            "the score is a cosine; divide by both lengths": products,
         }
-    if torch.allclose(found, right, atol=1e-5):
+    same = partial(torch.allclose, atol=1e-5)
+    if same(found, right):
         return None
-    for problem, wrong in mistakes.items():
-        if torch.allclose(found, wrong, atol=1e-5):
-            return problem
-    return "the scores are wrong; is all white but the rows and columns of pixels of one square?"
+    rule = "is all white but the rows and columns of pixels of one square?"
+    return first_match(found, mistakes, same) or f"the scores are wrong; {rule}"

@@ -10,20 +10,19 @@ import textwrap
 import torch
 
 from siglip_lib.classroom.exercises import Unanswered, exercise
+from siglip_lib.classroom.exercises.helpers import first_match
 from siglip_lib.classroom.machine import pick_device
 
-_MEMORY = 4096  # numbers behind each pointer
+_MEMORY = 4096  # elements behind each pointer
 _GUARD = 7.0  # what stands there beyond the tensor
 
 
 @exercise("12.1")
 def average_kernel(answer) -> str | None:
-    problem = _not_a_kernel(answer)
-    if problem:
+    if problem := _not_a_kernel(answer):
         return problem
     for decay, size in ((0.75, 1000), (0.5, 77)):
-        problem = _wrong_average(answer, decay, size)
-        if problem:
+        if problem := _wrong_average(answer, decay, size):
             return problem
     return None
 
@@ -35,6 +34,7 @@ def _wrong_average(kernel, decay: float, size: int) -> str | None:
     kernel[(-(-size // 128),)](average_memory, weight_memory, size, decay, BLOCK=128)
     found, beyond = average_memory.cpu()[:size], average_memory.cpu()[size:]
     right = decay * before + (1 - decay) * weight
+    exchanged = decay * weight + (1 - decay) * before
     if not torch.equal(weight_memory.cpu()[:size], weight):
         return "the weights changed; store where average_ptr points"
     if torch.equal(found, before) and (beyond == _GUARD).all():
@@ -42,8 +42,7 @@ def _wrong_average(kernel, decay: float, size: int) -> str | None:
     if not (beyond == _GUARD).all():
         return "numbers beyond the end were overwritten: mask the store with place < size"
     mistakes = {
-        "decay belongs to the old average, 1 - decay to the weight": decay * weight
-        + (1 - decay) * before,
+        "decay belongs to the old average, 1 - decay to the weight": exchanged,
         "the old average must be multiplied by decay": before + (1 - decay) * weight,
         "the weight must be multiplied by 1 - decay": decay * before + weight,
         "the old average is missing": (1 - decay) * weight,
@@ -52,9 +51,8 @@ def _wrong_average(kernel, decay: float, size: int) -> str | None:
     }
     if _same(found, right):
         return None
-    for reason, wrong in mistakes.items():
-        if _same(found, wrong):
-            return reason
+    if reason := first_match(found, mistakes, _same):
+        return reason
     changed = found != before
     if changed[:128].any() and not changed[128:].any() and size > 128:
         return "only the first block changed; where is tl.program_id(0)?"
@@ -66,8 +64,7 @@ def _wrong_average(kernel, decay: float, size: int) -> str | None:
 
 @exercise("12.2")
 def row_mean_kernel(answer) -> str | None:
-    problem = _not_a_kernel(answer)
-    if problem:
+    if problem := _not_a_kernel(answer):
         return problem
     for rows, columns in ((5, 100), (3, 128)):
         generator = torch.Generator().manual_seed(rows)
@@ -80,22 +77,20 @@ def row_mean_kernel(answer) -> str | None:
             return "the matrix changed; store the means where out_ptr points"
         if not found[rows:].isnan().all():
             return f"there are {rows} means, and more numbers were stored"
-        problem = _wrong_means(found[:rows], x, flat)
-        if problem:
+        if problem := _wrong_means(found[:rows], x, flat):
             return problem
     return None
 
 
 def _wrong_means(found: torch.Tensor, x: torch.Tensor, flat: torch.Tensor) -> str | None:
     rows, columns = x.shape
-    unmasked = torch.stack([flat[row * columns :][:128] for row in range(rows)])
+    unmasked = torch.stack([flat[row * columns :][:128] for row in range(rows)]).sum(1)
     strided = torch.stack([flat[row * 128 :][:columns] for row in range(rows)])
     mistakes = {
         "that is the sum; divide it by the number of columns": x.sum(1),
         "divide by columns, not by BLOCK: masked places are no columns": x.sum(1) / 128,
-        "places beyond the row were added: mask the load, with other=0.0": unmasked.sum(1)
-        / columns,
-        "places beyond the row were added, and counted: mask the load": unmasked.mean(1),
+        "places beyond the row were added: mask the load, with other=0.0": unmasked / columns,
+        "places beyond the row were added, and counted: mask the load": unmasked / 128,
         "row r begins at r * columns, not at r * BLOCK": strided.mean(1),
         "every program read row 0; where is tl.program_id(0)?": x[:1].mean(1).expand(rows),
     }
@@ -106,9 +101,8 @@ def _wrong_means(found: torch.Tensor, x: torch.Tensor, flat: torch.Tensor) -> st
         return "no mean was stored (or each is nan)"
     if found[1:].isnan().all():
         return "only out[0] was stored: program r writes to out_ptr + r"
-    for reason, wrong in mistakes.items():
-        if _same(found, wrong):
-            return reason
+    if reason := first_match(found, mistakes, _same):
+        return reason
     row = int((found - right).abs().nan_to_num(torch.inf).argmax())
     return (
         f"row {row} of {columns} columns has the mean {right[row]:.4f}; yours is {found[row]:.4f}"
@@ -117,8 +111,7 @@ def _wrong_means(found: torch.Tensor, x: torch.Tensor, flat: torch.Tensor) -> st
 
 @exercise("12.3")
 def softmax_kernel(answer) -> str | None:
-    problem = _not_a_kernel(answer)
-    if problem:
+    if problem := _not_a_kernel(answer):
         return problem
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 100, generator=generator)
@@ -168,18 +161,17 @@ def _wrong_softmax(found: torch.Tensor, x: torch.Tensor, flat: torch.Tensor) -> 
     most = x.amax(1, keepdim=True)
     e = (x - most).exp()
     zeros = (-most.clamp(min=0)).exp() * (128 - columns)  # what masked zeros add to a sum
+    with_zeros = e / (e.sum(1, keepdim=True) + zeros)
     mistakes = {
         "divide by the sum of the row, or its numbers do not add up to 1": e,
         "divide by the sum of the row: that is exp alone": x.exp(),
         "that is the logarithm of the softmax": x.log_softmax(1),
-        "masked places count in the sum, as exp(0): let them hold minus infinity": e
-        / (e.sum(1, keepdim=True) + zeros),
+        "masked places count in the sum, as exp(0): let them hold minus infinity": with_zeros,
         "places beyond the row count in the sum: mask the load": unmasked.softmax(1)[:, :columns],
         "every program worked on row 0": x[:1].softmax(1).expand(rows, -1),
     }
-    for reason, wrong in mistakes.items():
-        if _same(found, wrong):
-            return reason
+    if reason := first_match(found, mistakes, _same):
+        return reason
     if found[1:].isnan().all() and _same(found[0], x[0].softmax(0)):
         return "only row 0 was stored; where is tl.program_id(0)?"
     if found.isnan().any():

@@ -1,13 +1,13 @@
 """Checks of notebook 13, the flash attention kernel."""
 
 import math
+import operator
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import ShapesMade, first_match, is_number, is_tensor
 
 
 def _part(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,33 +31,25 @@ def merge(answer) -> str | None:
         return problem
     right = _part(scores, values)
     o = right[2] / right[1][:, None]
+    as_they_came = "is the sum of the two as they came: each is relative to its own m"
     if torch.allclose(found[2], o) and not torch.allclose(found[2], right[2]):
         return "a is divided already; a third part could not be merged into that"
-    names = "m", "l", "a"
+    smaller = torch.minimum(first[0], second[0])
     mistakes = {
         "m": {
-            "m must be the larger of the two, row by row; yours is the smaller": torch.minimum(
-                first[0], second[0]
-            ),
+            "m must be the larger of the two, row by row; yours is the smaller": smaller,
             "m must be the larger of the two; yours is their sum": first[0] + second[0],
             "m of the second part is never looked at": first[0],
             "m of the first part is never looked at": second[0],
         },
-        "l": {
-            "l is the sum of the two as they came: each is relative to its own m": first[1]
-            + second[1],
-        },
-        "a": {
-            "a is the sum of the two as they came: each is relative to its own m": first[2]
-            + second[2],
-        },
+        "l": {f"l {as_they_came}": first[1] + second[1]},
+        "a": {f"a {as_they_came}": first[2] + second[2]},
     }
-    for name, a, b in zip(names, found, right, strict=True):
+    for name, a, b in zip(mistakes, found, right, strict=True):
         if torch.allclose(a, b):
             continue
-        for reason, wrong in mistakes[name].items():
-            if torch.allclose(a, wrong):
-                return reason
+        if reason := first_match(a, mistakes[name]):
+            return reason
         return f"in the first row {name} is {a.flatten()[0]:.4f}; of all keys together it is {b.flatten()[0]:.4f}"
     return _merge_extremes(answer, scores, values)
 
@@ -98,15 +90,14 @@ def resident(answer) -> str | None:
         (32, 64, 64, 16, 64, 1),
     ]
     found = [answered(answer(*cases[0])), *(answer(*case) for case in cases[1:])]
-    if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in found):
+    if not all(map(is_number, found)):
         return f"your function returns {found[0]!r}; it must return a number"
     if found == [_resident(*case) for case in cases]:
         return None
+    no_files = dict(files=False)
     mistakes = {
         "the shared memory is forgotten: count q, k and v": dict(shared=False),
-        "the registers are forgotten: a program has some for each of its threads": dict(
-            files=False
-        ),
+        "the registers are forgotten: a program has some for each of its threads": no_files,
         "a program has its registers for each of its threads": dict(per_thread=False),
         "every program loses 1 KiB of shared memory to the system": dict(lost=0),
         "k and v both lie in shared memory; you count one of them": dict(tensors=1),
@@ -115,9 +106,12 @@ def resident(answer) -> str | None:
         "a number takes 2 bytes, not 4": dict(size=4),
         "a number takes 2 bytes": dict(size=1),
     }
-    for reason, changes in mistakes.items():
-        if found == [_resident(*case, **changes) for case in cases]:
-            return reason
+    wrong = {
+        reason: [_resident(*case, **changes) for case in cases]
+        for reason, changes in mistakes.items()
+    }
+    if reason := first_match(found, wrong, operator.eq):
+        return reason
     for case, mine in zip(cases, found, strict=True):
         if mine != int(mine):
             return f"resident{case} is {mine:.2f}, and a program is there or it is not: round down"
@@ -138,29 +132,14 @@ def _resident(
     return min(limits + ([228 * 1024 // taken] if shared else []))
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the largest number of scores of one query that a tensor made inside has."""
-
-    def __init__(self, rows: int):
-        super().__init__()
-        self.rows, self.columns = rows, 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] == self.rows:
-                self.columns = max(self.columns, x.shape[1])
-        return out
-
-
 @exercise("13.3")
 def causal(answer) -> str | None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 23, 4, generator=generator, dtype=torch.float64)
     scale, block = 0.7, 8
-    with _Largest(23) as seen:
+    with ShapesMade() as made:
         found = answered(answer(q, k, v, scale, block))
-    if not isinstance(found, Tensor) or found.shape != q.shape:
+    if not is_tensor(found, 23, 4):
         return "the result must be the output, a tensor (N, D)"
     s, number = scale * q @ k.T, torch.arange(23)
 
@@ -168,12 +147,11 @@ def causal(answer) -> str | None:
         return s.masked_fill(forbidden, by).softmax(-1) @ v
 
     after = number > number[:, None]
+    from_block = masked(number % block > number[:, None])
     mistakes = {
         "every query sees all keys": s.softmax(-1) @ v,
         "the other way round: a query must see the keys up to itself": masked(after.T),
-        "a key's number is counted from its block's start; it must be from the first of all": masked(
-            number % block > number[:, None]
-        ),
+        "a key's number is counted from its block's start; it must be from the first of all": from_block,
         "a score of 0 is a weight of 1, not of 0: what score gives none?": masked(after, 0.0),
         "one key too many: the next token is seen": masked(number > number[:, None] + 1),
     }
@@ -183,15 +161,14 @@ def causal(answer) -> str | None:
         if len(rows):
             row = int(rows[0, 0])
             return f"query {row} becomes nan: it has no key in the first block, and each must see key 0 and itself"
-        for reason, wrong in mistakes.items():
-            if torch.allclose(found, wrong):
-                return reason
+        if reason := first_match(found, mistakes):
+            return reason
         row = int((found - right).abs().amax(1).argmax())
         return f"query {row} of 23 is wrong: {found[row, 0]:.4f} in its first channel, and not {right[row, 0]:.4f}"
-    if not torch.allclose(
-        answer(300 * q, k, v, scale, 5), (300 * s).masked_fill(after, -math.inf).softmax(-1) @ v
-    ):
+    large = (300 * s).masked_fill(after, -math.inf).softmax(-1) @ v
+    if not torch.allclose(answer(300 * q, k, v, scale, 5), large):
         return "right for small scores; with scores in the thousands it is not: does a forbidden score raise m?"
-    if seen.columns > block:
-        return f"right, but {seen.columns} scores of a query were held at once; a block has {block}"
+    held = max(shape[1] for shape in made.shapes if len(shape) == 2 and shape[0] == 23)
+    if held > block:
+        return f"right, but {held} scores of a query were held at once; a block has {block}"
     return None

@@ -1,18 +1,24 @@
 """Checks of notebook 14, many GPUs."""
 
 import math
+import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import first_match, is_number, is_pair, is_tensor, near
 from siglip_lib.siglip.losses import sigmoid_loss
 
 
 @exercise("14.1")
 def meets(answer) -> str | None:
-    found = [[answered(answer(i, j, 5)) for j in range(5)] for i in range(5)]
-    right = [[(i - j) % 5 for j in range(5)] for i in range(5)]
+    def hops(hop: Callable[[int, int], object]) -> list[list[object]]:
+        return [[hop(i, j) for j in range(5)] for i in range(5)]
+
+    found = hops(lambda i, j: answered(answer(i, j, 5)))
+    right = hops(lambda i, j: (i - j) % 5)
     for hop in (hop for row in found for hop in row):
         if isinstance(hop, bool) or not isinstance(hop, int):
             return f"your function returns {hop!r}; a hop is an integer"
@@ -20,64 +26,53 @@ def meets(answer) -> str | None:
         if answer(1, 6, 7) != 2:
             return "right for 5 ranks, but not for 7: is a number fixed in your code?"
         return None
+    backwards = hops(lambda i, j: (j - i) % 5)
+    negative, distance = hops(lambda i, j: i - j), hops(lambda i, j: abs(i - j))
     mistakes = {
-        "those are hops of texts that go to the rank before; they go to the next one": [
-            [(j - i) % 5 for j in range(5)] for i in range(5)
-        ],
-        "where the texts come from a higher rank yours is negative: they go on from the last rank to rank 0": [
-            [i - j for j in range(5)] for i in range(5)
-        ],
-        "the distance of the two ranks is not enough: texts go round one way only": [
-            [abs(i - j) for j in range(5)] for i in range(5)
-        ],
-        "one too many: at hop 0 each rank has its own texts": [
-            [(i - j) % 5 + 1 for j in range(5)] for i in range(5)
-        ],
+        "those are hops of texts that go to the rank before; they go to the next one": backwards,
+        "where the texts come from a higher rank yours is negative: they go on from the last rank to rank 0": negative,
+        "the distance of the two ranks is not enough: texts go round one way only": distance,
+        "one too many: at hop 0 each rank has its own texts": hops(lambda i, j: (i - j) % 5 + 1),
     }
-    for text, wrong in mistakes.items():
-        if found == wrong:
-            return text
+    if reason := first_match(found, mistakes, operator.eq):
+        return reason
     i, j = next((i, j) for i in range(5) for j in range(5) if found[i][j] != right[i][j])
-    return (
-        f"of 5 ranks: the images of rank {i} meet the texts of rank {j} at hop {right[i][j]}, "
-        f"you say {found[i][j]}"
-    )
+    meet = f"the images of rank {i} meet the texts of rank {j} at hop {right[i][j]}"
+    return f"of 5 ranks: {meet}, you say {found[i][j]}"
 
 
 @exercise("14.2")
 def sent(answer) -> str | None:
     found = answered(answer(4, 100, 8))
-    if not isinstance(found, (tuple, list)) or len(found) != 2:
+    if not is_pair(found):
         return "the result must be two numbers: bytes of the ring, bytes of the all-gather"
-    if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in found):
+    if not all(map(is_number, found)):
         return f"your function returns {found!r}; it must return two numbers"
     ring, gathered = found
     texts, gradients = 2 * 100 * 8, 4 * 100 * 8  # bytes of a block
     both = texts + gradients
     if not math.isclose(ring, 3 * texts + 4 * gradients):
         mistakes = {
-            3 * texts: "that is of the texts alone: their gradients travel too",
-            3 * both: "the gradient starts a hop later and has to come home: how often is it sent?",
-            4 * both: "at the last hop no texts leave: nobody would need them",
-            7 * texts: "a gradient is in float32, 4 bytes a number",
-            6 * texts: "a gradient is in float32, and it has to come home: one send more",
-            4 * (3 * texts + 4 * gradients): "that is of all ranks together",
+            "that is of the texts alone: their gradients travel too": 3 * texts,
+            "the gradient starts a hop later and has to come home: how often is it sent?": 3 * both,
+            "at the last hop no texts leave: nobody would need them": 4 * both,
+            "a gradient is in float32, 4 bytes a number": 7 * texts,
+            "a gradient is in float32, and it has to come home: one send more": 6 * texts,
+            "that is of all ranks together": 4 * (3 * texts + 4 * gradients),
         }
-        for value, text in mistakes.items():
-            if math.isclose(ring, value):
-                return "the ring: " + text
+        if reason := first_match(ring, mistakes, math.isclose):
+            return f"the ring: {reason}"
         return f"the ring, 4 ranks, 100 pairs a rank, width 8: {ring:g} bytes is not right"
     if not math.isclose(gathered, 6 * texts):
         mistakes = {
-            3 * texts: "that is the way there; the gradients come back",
-            8 * texts: "nobody sends a block to itself: of 4 blocks 3 travel",
-            3 * both: "here the gradients travel in bfloat16",
-            7 * texts: "the way back takes 3 blocks, as a rank keeps its own",
-            24 * texts: "that is of all ranks together",
+            "that is the way there; the gradients come back": 3 * texts,
+            "nobody sends a block to itself: of 4 blocks 3 travel": 8 * texts,
+            "here the gradients travel in bfloat16": 3 * both,
+            "the way back takes 3 blocks, as a rank keeps its own": 7 * texts,
+            "that is of all ranks together": 24 * texts,
         }
-        for value, text in mistakes.items():
-            if math.isclose(gathered, value):
-                return "the all-gather: " + text
+        if reason := first_match(gathered, mistakes, math.isclose):
+            return f"the all-gather: {reason}"
         return (
             f"the all-gather, 4 ranks, 100 pairs a rank, width 8: {gathered:g} bytes is not right"
         )
@@ -108,7 +103,7 @@ def rank_loss(answer) -> str | None:
     for rank in range(world):
         mine = image[rank * pairs : (rank + 1) * pairs]
         found = answered(answer(mine, texts, learned[2], learned[3], rank))
-        if not isinstance(found, torch.Tensor) or found.shape != ():
+        if not is_tensor(found):
             return "the result must be this rank's loss, a tensor of shape ()"
         values.append(found)
         total = total + found / world  # what averaging makes of the ranks' gradients
@@ -125,30 +120,26 @@ def rank_loss(answer) -> str | None:
         sigmoid_loss(x, y, *learned[2:])
         for x, y in zip(image.split(pairs), texts.split(pairs), strict=True)
     )
-    mistakes = [
-        (right / world, "averaging divides by the number of ranks; you have done so already"),
-        (right * pairs, "the sum over pairs has to be divided by this rank's number of images"),
-        (right * world, "that is too large by the number of ranks: who adds up what?"),
-        (-F.logsigmoid(z * logits).mean(), "divide by the number of images, not of pairs"),
-        (
-            -F.logsigmoid(shifted * logits).sum() / (world * pairs),
-            "on every rank you take the first texts for its own: image i's text is number rank · B + i",
-        ),
-        (
-            -F.logsigmoid(beginning * logits).sum() / (world * pairs),
-            "the diagonal of a rank's own texts begins at column rank · B",
-        ),
-        (
-            -F.logsigmoid(z * colder).sum() / (world * pairs),
-            "logit_scale is t', and the temperature its exponential",
-        ),
-        (own / world, "a rank's images are never asked about the others' texts"),
-    ]
+
+    def per_image(products: torch.Tensor) -> torch.Tensor:
+        return -F.logsigmoid(products).sum() / (world * pairs)
+
+    first, begun = per_image(shifted * logits), per_image(beginning * logits)
+    mistakes = {
+        "averaging divides by the number of ranks; you have done so already": right / world,
+        "the sum over pairs has to be divided by this rank's number of images": right * pairs,
+        "that is too large by the number of ranks: who adds up what?": right * world,
+        "divide by the number of images, not of pairs": -F.logsigmoid(z * logits).mean(),
+        "on every rank you take the first texts for its own: image i's text is number rank · B + i": first,
+        "the diagonal of a rank's own texts begins at column rank · B": begun,
+        "logit_scale is t', and the temperature its exponential": per_image(z * colder),
+        "a rank's images are never asked about the others' texts": own / world,
+    }
     value = total.item()
     if not math.isclose(value, right.item(), rel_tol=1e-9):
-        for wrong, text in mistakes:
-            if math.isclose(value, wrong.item(), rel_tol=1e-9):
-                return text
+        same = near(1e-9)
+        if reason := first_match(value, mistakes, lambda x, wrong: same(x, wrong.item())):
+            return reason
         return f"the mean of 3 ranks' values must be {right.item():.6f}; yours is {value:.6f}"
     if not total.requires_grad:
         return "right, but no gradient can flow back from your result: keep it a tensor"
