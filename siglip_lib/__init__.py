@@ -21,6 +21,7 @@ from siglip_lib.classroom import (
 )
 from siglip_lib.data import load_emoji64, preprocess
 from siglip_lib.evaluate import (
+    attention_maps,
     chance,
     gradient_attention,
     gradient_tokens,
@@ -58,7 +59,6 @@ from siglip_lib.tower import (
     Mlp,
     PatchEmbed,
     VisionTransformer,
-    attention_maps,
     create_siglip_vit,
     init_weights_vit_timm,
     load_weights,

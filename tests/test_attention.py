@@ -12,7 +12,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from siglip_lib import Attention, Block, attention_maps
 from siglip_lib.backends import table as backends
-from siglip_lib.tower.attention import AttentionMaps
+from siglip_lib.evaluate.maps import AttentionMaps
 
 BACKENDS = ("auto", "sdpa", "eager")
 

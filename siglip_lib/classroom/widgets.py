@@ -20,10 +20,10 @@ from torch import Tensor
 from siglip_lib.base.checks import finite_tensors, positive_int
 from siglip_lib.classroom.plots import COLOURS
 from siglip_lib.evaluate.explain import check_tower, evaluation_mode
+from siglip_lib.evaluate.maps import attention_maps
 from siglip_lib.siglip.embed import embed_texts
 from siglip_lib.siglip.model import SigLIP
 from siglip_lib.siglip.text import Tokenizer, canonicalize
-from siglip_lib.tower.attention import attention_maps
 from siglip_lib.tower.vision_transformer import VisionTransformer
 
 if TYPE_CHECKING:

@@ -8,12 +8,15 @@ from siglip_lib.evaluate.explain import (
     pool_attention,
     rollout,
 )
+from siglip_lib.evaluate.maps import AttentionMaps, attention_maps
 from siglip_lib.evaluate.pointing_game import Scenes, chance, make_scenes, pointing
 from siglip_lib.evaluate.retrieval import Share, ranks, recall, zero_shot
 
 __all__ = [
+    "AttentionMaps",
     "Scenes",
     "Share",
+    "attention_maps",
     "chance",
     "gradient_attention",
     "gradient_tokens",

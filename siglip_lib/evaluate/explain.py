@@ -17,13 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siglip_lib.base.checks import check_pictures, check_tensor, finite, positive_int
+from siglip_lib.evaluate.maps import attention_layers, attention_maps, uncompiled
 from siglip_lib.storage.names import unwrapped
-from siglip_lib.tower.attention import (
-    attention_layers,
-    attention_maps,
-    attention_weights,
-    uncompiled,
-)
+from siglip_lib.tower.attention import attention_weights
 from siglip_lib.tower.vision_transformer import VisionTransformer
 
 

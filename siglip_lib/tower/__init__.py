@@ -1,6 +1,6 @@
 """SigLIP's image tower, one component a module: what notebooks 01 to 08 build."""
 
-from siglip_lib.tower.attention import Attention, AttentionMaps, attention_maps
+from siglip_lib.tower.attention import Attention
 from siglip_lib.tower.attention_pool import AttentionPoolLatent
 from siglip_lib.tower.block import Block
 from siglip_lib.tower.checkpoints import LoadedWeights, load_weights, save_weights
@@ -14,7 +14,6 @@ from siglip_lib.tower.weight_init import init_weights_vit_timm, named_apply
 __all__ = [
     "SIGLIP_CONFIGS",
     "Attention",
-    "AttentionMaps",
     "AttentionPoolLatent",
     "Block",
     "DropPath",
@@ -25,7 +24,6 @@ __all__ = [
     "PatchEmbed",
     "SigLIPVisionConfig",
     "VisionTransformer",
-    "attention_maps",
     "create_siglip_vit",
     "init_weights_vit_timm",
     "load_weights",

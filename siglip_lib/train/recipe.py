@@ -69,6 +69,7 @@ def schedule(step: int, config: TrainConfig) -> float:
 
 
 def new_optimizer(model: SigLIP, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """Return AdamW with a learning rate and a weight decay for each kind of parameter, its state already there."""
     logit, matrices, others = [], [], []
     for name, parameter in model.named_parameters():
         if name.startswith("logit_"):
