@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from siglip_lib.base.checks import listed
+from siglip_lib.base.checks import join_names
 from siglip_lib.storage.names import marked_towers, tower_of
 
 Get = Callable[[str], Path | None]  # from a file's name to its path
@@ -109,7 +109,7 @@ def choose_weights(get: Get, tower_only: bool = False) -> Files:
             parts = _parts(index, tower_only)
             paths = {part: get(part) for part in parts}
             if lost := [part for part, path in paths.items() if path is None]:
-                raise FileNotFoundError(f"{index.name} names {listed(lost)}, missing beside it")
+                raise FileNotFoundError(f"{index.name} names {join_names(lost)}, missing beside it")
             return {paths[part]: names for part, names in parts.items()}
     return {}
 
@@ -167,7 +167,7 @@ def read_weights(files: Files) -> tuple[dict[str, Tensor], str]:
         if names is None:
             names = found.keys()
         elif lost := names - found.keys():
-            raise ValueError(f"{path.name} lacks {listed(lost)}, which the index says is there")
+            raise ValueError(f"{path.name} lacks {join_names(lost)}, which the index says is there")
         state |= {name: found[name] for name in names}
     paths = list(files)
     return state, paths[0].name if len(paths) == 1 else paths[0].parent.name
@@ -216,11 +216,11 @@ def _tensors_in(content: object, where: str) -> dict[str, Tensor]:
     if len(found) == 1:
         return next(iter(found.values()))
     if found:
-        which = listed(".".join(keys) for keys in found)
+        which = join_names(".".join(keys) for keys in found)
         raise ValueError(
             f"{where} holds several dicts of tensors by name, {which}; store one of them"
         )
-    keys = f"; its keys are {listed(map(str, content))}" if isinstance(content, dict) else ""
+    keys = f"; its keys are {join_names(map(str, content))}" if isinstance(content, dict) else ""
     raise ValueError(f"{where} holds no dict of tensors by name{keys}")
 
 

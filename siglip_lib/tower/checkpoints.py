@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from siglip_lib.base.checks import finite_tensors, listed, pair
+from siglip_lib.base.checks import finite_tensors, join_names, pair
 from siglip_lib.storage.fitting import check_finite, check_fit, check_plain, fill
 from siglip_lib.storage.names import (
     IMAGE_TOWER,
@@ -167,7 +167,7 @@ def _check_transformers_has(state: dict[str, Tensor], depth: int) -> None:
     if differs := state.keys() ^ theirs:
         raise ValueError(
             "transformers' SiglipVisionModel has no class token, no LayerScale, no qk-norm, no classifier, and a bias "
-            f"everywhere; it differs in {listed(differs)}"
+            f"everywhere; it differs in {join_names(differs)}"
         )
 
 
