@@ -7,6 +7,10 @@ from torch import Tensor
 
 from siglip_lib.base.checks import finite_tensors, join_names
 
+Views = dict[
+    str, list[Tensor]
+]  # a model's, by the name of the stored tensor that holds the rows of all
+
 
 def check_plain(found: Mapping[str, object], where: str) -> None:
     """Raise ValueError for what does not store each of its elements: a few bytes could stand for any number of them."""
@@ -27,7 +31,7 @@ def check_plain(found: Mapping[str, object], where: str) -> None:
 
 def check_fit(
     found: Mapping[str, Tensor],
-    wanted: Mapping[str, list[Tensor]],
+    wanted: Views,
     misfit: str,
     hint: str = "",
     same_dtype: bool = False,
@@ -36,7 +40,7 @@ def check_fit(
 
     Args:
         found: the tensors of a checkpoint; on the meta device they may be.
-        wanted: of each name the model's views, whose rows one after the other are what the checkpoint should hold.
+        wanted: what the checkpoint should hold.
         misfit: how the message begins.
         hint: how it ends.
         same_dtype: whether each dtype must be the model's; else any floating-point one will do.
@@ -71,7 +75,7 @@ def check_fit(
         raise ValueError(f"{misfit}. " + "; ".join(said) + hint)
 
 
-def check_finite(found: dict[str, Tensor], wanted: dict[str, list[Tensor]], where: str) -> None:
+def check_finite(found: dict[str, Tensor], wanted: Views, where: str) -> None:
     """Raise ValueError for NaN and infinity, in a checkpoint that fits or by conversion to the model's dtype."""
     for name, views in wanted.items():
         for dtype in {view.dtype for view in views}:
@@ -79,7 +83,7 @@ def check_finite(found: dict[str, Tensor], wanted: dict[str, list[Tensor]], wher
             finite_tensors(f"{where} has, as {dtype},", {name: found[name].to(dtype)})
 
 
-def fill(wanted: dict[str, list[Tensor]], found: dict[str, Tensor]) -> None:
+def fill(wanted: Views, found: dict[str, Tensor]) -> None:
     """Copy tensors that fit into the views of the same names."""
     with torch.no_grad():
         for name, views in wanted.items():

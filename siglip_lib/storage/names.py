@@ -10,10 +10,8 @@ _MARKS = {
     "embeddings.patch_embedding.weight": "transformers",
 }
 
-
 # What torch.compile (the first), DataParallel and DistributedDataParallel call what they wrap.
 _WRAPPERS = ("_orig_mod", "module")
-
 
 # timm's names and transformers', in the order in which they are replaced; one that starts with a
 # dot stands anywhere, others at the start.
@@ -26,7 +24,6 @@ _BOTH_TOWERS = (
     (".self_attn.proj.", ".self_attn.out_proj."),
 )
 
-
 IMAGE_TOWER = (
     ("patch_embed.proj.", "embeddings.patch_embedding."),
     *_BOTH_TOWERS,
@@ -38,7 +35,6 @@ IMAGE_TOWER = (
     ("attn_pool.norm.", "head.layernorm."),
     ("attn_pool.mlp.", "head.mlp."),
 )
-
 
 TEXT_TOWER = (
     ("token_embed.", "embeddings.token_embedding."),
