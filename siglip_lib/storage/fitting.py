@@ -7,9 +7,8 @@ from torch import Tensor
 
 from siglip_lib.base.checks import finite_tensors, join_names
 
-Views = dict[
-    str, list[Tensor]
-]  # a model's, by the name of the stored tensor that holds the rows of all
+# a model's tensors or parts of them, by the name of the stored tensor that holds the rows of all
+Views = dict[str, list[Tensor]]
 
 
 def check_plain(found: Mapping[str, object], where: str) -> None:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from siglip_lib.base.checks import finite_tensors, join_names, pair
+from siglip_lib.base.checks import finite_tensors, pair
 from siglip_lib.storage.fitting import Views, check_finite, check_fit, check_plain, fill
 from siglip_lib.storage.names import (
     IMAGE_TOWER,
+    check_transformers_has,
     tower_of,
     under_transformers_names,
     unwrapped,
@@ -95,9 +96,10 @@ def load_weights(
     names, prefix = tower_of(state, where)
     found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     found = without_wrappers(found, where)
-    wanted = {name: [tensor] for name, tensor in weights.items()}
     if names == "transformers":
         wanted = under_transformers_names(weights, IMAGE_TOWER)
+    else:
+        wanted = {name: [tensor] for name, tensor in weights.items()}
     check_plain(found, where)
     grid = grid or noted_grid(files)
     resampled = _fit_positions(found, wanted, model, grid, where)
@@ -138,26 +140,10 @@ def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "ti
     finite_tensors("model has", state)
     noted = {"grid": "{}x{}".format(*model.patch_embed.grid_size)} if "pos_embed" in state else {}
     if names == "transformers":
-        _check_transformers_has(state, len(model.blocks))
+        check_transformers_has(state, len(model.blocks))
         views = under_transformers_names(state, IMAGE_TOWER)
         state = {name: torch.cat(rows) for name, rows in views.items()}
     write_tensors({prefix + name: tensor for name, tensor in state.items()}, path, **noted)
-
-
-def _check_transformers_has(state: dict[str, Tensor], depth: int) -> None:
-    """Raise ValueError for a tower, under timm's names, that is not what transformers builds."""
-    pooled = "attn_pool.latent" in state
-    block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    pool = ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2") if pooled else ()
-    layers = ["patch_embed.proj", "norm", *(f"attn_pool.{layer}" for layer in pool)]
-    layers += [f"blocks.{i}.{layer}" for i in range(depth) for layer in block]
-    theirs = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    theirs |= {"pos_embed", "attn_pool.latent"} if pooled else {"pos_embed"}
-    if differs := state.keys() ^ theirs:
-        raise ValueError(
-            "transformers' SiglipVisionModel has no class token, no LayerScale, no qk-norm, no classifier, and a bias "
-            f"everywhere; it differs in {join_names(differs)}"
-        )
 
 
 def _positions(found: dict[str, Tensor], wanted: Views) -> str | None:
