@@ -505,7 +505,7 @@ ELSEWHERE = [
 ]
 
 
-@pytest.mark.parametrize("where", ["Path.read_text", "_contents", "_Reader.read_data"])
+@pytest.mark.parametrize("where", ["Path.read_text", "_contents", "FileSystemReader.read_data"])
 def test_a_good_checkpoint_is_not_called_damaged_where_something_else_failed(
     emoji, undamaged, monkeypatch, where
 ):

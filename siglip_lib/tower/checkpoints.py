@@ -96,10 +96,9 @@ def load_weights(
     names, prefix = tower_of(state, where)
     found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     found = without_wrappers(found, where)
+    wanted = {name: [tensor] for name, tensor in weights.items()}
     if names == "transformers":
         wanted = under_transformers_names(weights, IMAGE_TOWER)
-    else:
-        wanted = {name: [tensor] for name, tensor in weights.items()}
     check_plain(found, where)
     grid = grid or noted_grid(files)
     resampled = _fit_positions(found, wanted, model, grid, where)

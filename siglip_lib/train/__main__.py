@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -68,7 +68,8 @@ def main() -> None:
         except ValueError as error:  # --batch does not fit, in all processes alike
             parser.error(str(error))
         checkpoints = given.out / "checkpoints"
-        with _metrics_in(given.out, given.resume, parser) as metrics:
+        metrics = _take_folder(given.out, given.resume, training, parser)
+        with closing(metrics) if metrics else nullcontext():
             if given.resume:
                 load_checkpoint(training, checkpoints)
             stopped = _train(training, checkpoints, given.checkpoint_every, stop, metrics)
@@ -191,30 +192,22 @@ def _process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: the others may be gone
 
 
-@contextmanager
-def _metrics_in(
-    out: Path, resume: bool, parser: argparse.ArgumentParser
-) -> Iterator["_Metrics | None"]:
-    """Take the folder of the results, in the first process; end all if the run would lose what it holds."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
+def _take_folder(
+    out: Path, resume: bool, training: Training, parser: argparse.ArgumentParser
+) -> _Metrics | None:
+    """Open the metrics, in the first process; end all processes if the run would lose what the folder holds."""
     metrics, refusal = None, [None]
-    if first:
+    if training.rank == 0:
         try:
             _check_folder(out, resume)
             metrics = _Metrics(out / "metrics.csv")
         except (OSError, ValueError) as error:
             refusal = [str(error)]
-    if dist.is_initialized():
+    if training.group is not None:
         dist.broadcast_object_list(refusal)
-    if refusal[0] and first:
-        parser.error(refusal[0])
     if refusal[0]:
-        sys.exit(2)
-    try:
-        yield metrics
-    finally:
-        if metrics:
-            metrics.close()
+        parser.error(refusal[0]) if training.rank == 0 else sys.exit(2)
+    return metrics
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -275,10 +268,8 @@ def _arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if given.parallel and not dist.is_torchelastic_launched():
-        parser.error(
-            f"--parallel {given.parallel} is for several processes: start them by "
-            "python -m siglip_lib.launch"
-        )
+        how = "start them by python -m siglip_lib.launch"
+        parser.error(f"--parallel {given.parallel} is for several processes: {how}")
     return given
 
 

@@ -17,18 +17,10 @@ from siglip_lib.train.recipe import TrainConfig, new_optimizer
 
 
 class TrainingState:
-    """A model, its optimizer, and what was done so far. ``siglip_lib.train.stored`` stores it by many processes.
+    """A model, its optimizer, and what was done so far: what ``siglip_lib.train.stored`` stores by many processes."""
 
-    Attributes:
-        step: steps done.
-        losses: the loss of each.
-        stored: where it was last stored or resumed from; None if it never was.
-        group: the processes that train together; None for one alone.
-        rank: this process's number among them.
-    """
-
-    group: dist.ProcessGroup | None = None
-    rank = 0
+    group: dist.ProcessGroup | None = None  # the processes that train together; None for one alone
+    rank = 0  # of this process in it
 
     def __init__(self, model: SigLIP, config: TrainConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model, config, device

@@ -102,7 +102,9 @@ def load_checkpoint(training: TrainingState, folder: str | Path) -> None:
     tensors = {name: torch.full_like(tensor, math.nan) for name, (tensor,) in views.items()}
     with _errors_of_all(training), _errors_mean_damage(stored):
         with _participants(training) as options:
-            dcp.load(tensors, storage_reader=_Reader(stored, contents), **options)
+            reader = FileSystemReader(stored)
+            reader.read_metadata = lambda: contents  # torch's own unpickles whatever the file holds
+            dcp.load(tensors, storage_reader=reader, **options)
         # what the files did not fill is still NaN
         finite_tensors("there are", _local(tensors))
     with _errors_of_all(training):
@@ -138,11 +140,8 @@ def _begin_folder(training: TrainingState, temporary: Path, final: Path) -> None
         raise FileExistsError(f"{final.name} is stored already")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)
-    description = {
-        "settings": training.settings(),
-        "step": training.step,
-        "losses": training.losses,
-    }
+    description = {"settings": training.settings()}
+    description |= {"step": training.step, "losses": training.losses}
     (temporary / "training.json").write_text(json.dumps(description), encoding="utf-8")
 
 
@@ -165,17 +164,6 @@ class _Unpickler(pickle.Unpickler):
         return type(name, (_Inert,), {})
 
 
-class _Reader(FileSystemReader):
-    """torch's own unpickles whatever the file holds."""
-
-    def __init__(self, path: Path, contents: Metadata) -> None:
-        super().__init__(path)
-        self._contents = contents
-
-    def read_metadata(self) -> Metadata:
-        return self._contents
-
-
 def _contents(path: Path, views: dict[str, list[Tensor]]) -> Metadata:
     """Read where which part of each of our tensors lies. What a file says else is left where it is."""
     with path.open("rb") as file:
@@ -188,21 +176,14 @@ def _contents(path: Path, views: dict[str, list[Tensor]]) -> Metadata:
     }
     if odd := [name for name, entry in stored.items() if "properties" not in entry]:
         raise ValueError(f"{join_names(odd)} is no tensor")
-    without_memory = {
-        name: torch.empty(
-            _size(entry["size"]),
-            dtype=getattr(torch, entry["properties"].state[0].__name__),
-            device="meta",
-        )
-        for name, entry in stored.items()
-    }
-    check_fit(without_memory, views, "its tensors do not fit", same_dtype=True)
-    entries, places = {}, {}
-    for name, (tensor,) in views.items():
-        parts = [(part.state["offsets"], part.state["sizes"]) for part in stored[name]["chunks"]]
+    without_memory, entries, places = {}, {}, {}
+    for name, entry in stored.items():
+        dtype, size = getattr(torch, entry["properties"].state[0].__name__), _size(entry["size"])
+        parts = [(part.state["offsets"], part.state["sizes"]) for part in entry["chunks"]]
         chunks = [ChunkStorageMetadata(*map(_size, part)) for part in parts]
-        properties = TensorProperties(dtype=tensor.dtype)
-        entries[name] = TensorStorageMetadata(properties, tensor.shape, chunks)
+        entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+        without_memory[name] = torch.empty(size, dtype=dtype, device="meta")
+    check_fit(without_memory, views, "its tensors do not fit", same_dtype=True)
     for index, place in table["storage_data"].items():
         file, start, length = (place.state[key] for key in ("relative_path", "offset", "length"))
         # torch gives each process a file of such a name
