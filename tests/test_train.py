@@ -406,7 +406,7 @@ WEIGHT, FIRST_MOMENT = "image.patch_embed.proj.weight", ("optimizer", "state", 0
         (
             ("model", "logit_bias"),
             torch.tensor(1),
-            "model.logit_bias torch.int64, not torch.float32",
+            "not of the model's dtype (1): model.logit_bias torch.int64",
         ),
         (
             (*FIRST_MOMENT, "exp_avg"),

@@ -44,31 +44,18 @@ def check_fit(
         hint: how it ends.
         same_dtype: whether each dtype must be the model's; else any floating-point one will do.
     """
-
-    def shape(name: str) -> tuple[int, ...]:
-        first, *others = wanted[name]
-        return (sum(map(len, wanted[name])), *first.shape[1:]) if others else tuple(first.shape)
-
     both = wanted.keys() & found.keys()
-    problems = {
-        "missing": wanted.keys() - both,
-        "unexpected": found.keys() - both,
-        "of the wrong shape": {
-            f"{name} {tuple(found[name].shape)}, not {shape(name)}"
-            for name in both
-            if found[name].shape != shape(name)
-        },
-        "not of a floating-point dtype": {
-            f"{name} {tensor.dtype}"
-            for name, tensor in found.items()
-            if not tensor.is_floating_point()
-        },
-        "not of the model's dtype": {
-            f"{name} {found[name].dtype}, not {wanted[name][0].dtype}"
-            for name in both
-            if same_dtype and found[name].dtype != wanted[name][0].dtype
-        },
-    }
+    problems = {"missing": wanted.keys() - both, "unexpected": found.keys() - both}
+    shapes, dtypes = [], []
+    for name in both:
+        tensor, views = found[name], wanted[name]
+        shape = views[0].shape if len(views) == 1 else (sum(map(len, views)), *views[0].shape[1:])
+        if tensor.shape != shape:
+            shapes.append(f"{name} {tuple(tensor.shape)}, not {tuple(shape)}")
+        if tensor.dtype != views[0].dtype if same_dtype else not tensor.is_floating_point():
+            dtypes.append(f"{name} {tensor.dtype}")
+    problems["of the wrong shape"] = shapes
+    problems["not of the model's dtype" if same_dtype else "not of a floating-point dtype"] = dtypes
     said = [f"{kind} ({len(x)}): {join_names(x)}" for kind, x in problems.items() if x]
     if said:
         raise ValueError(f"{misfit}. " + "; ".join(said) + hint)

@@ -230,9 +230,7 @@ def noted_grid(files: Files) -> tuple[int, int] | None:
     """The grid of the position embeddings that ``save_weights`` noted, if it wrote one of the files."""
     from safetensors import safe_open
 
-    for path in files:
-        if path.suffix != ".safetensors":
-            continue
+    for path in (file for file in files if file.suffix == ".safetensors"):
         with safe_open(path, "pt") as file:
             noted = (file.metadata() or {}).get("grid")
         if noted is not None:
