@@ -284,3 +284,7 @@ def _device(name: str) -> torch.device:
             f"process {local} of this machine needs a GPU of its own; there are {gpus}"
         )
     return torch.device("cuda", local)
+
+
+if __name__ == "__main__":
+    main()
