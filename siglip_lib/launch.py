@@ -31,14 +31,9 @@ def main() -> None:
             "GLOO_SOCKET_IFNAME": "lo",
             "NCCL_SOCKET_IFNAME": "lo",
         }
-        run.main(
-            [
-                *("--rdzv-backend=c10d", "--rdzv-conf=store_type=file"),
-                f"--rdzv-endpoint={folder}/launcher",
-                f"--nproc-per-node={sys.argv[1]}",
-                *sys.argv[2:],
-            ]
-        )
+        rendezvous = ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file"]
+        rendezvous.append(f"--rdzv-endpoint={folder}/launcher")
+        run.main([*rendezvous, f"--nproc-per-node={sys.argv[1]}", *sys.argv[2:]])
 
 
 def meeting() -> dict[str, object]:

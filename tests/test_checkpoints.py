@@ -34,12 +34,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from siglip_lib import (
     VisionTransformer,
-    checkpoints,
     create_siglip_vit,
     load_weights,
     resample_abs_pos_embed,
     save_weights,
 )
+from siglip_lib.tower import checkpoints
 from siglip_lib.tower.siglip_vit import SIGLIP_CONFIGS, SigLIPVisionConfig
 
 MARK = "patch_embed.proj.weight"
@@ -1019,7 +1019,7 @@ def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(source, monkeypa
     def never(*args, **kwargs):
         raise AssertionError
 
-    for name in ("hf_hub_download", "model_info", "try_to_load_from_cache"):
+    for name in ("hf_hub_download", "model_info", "snapshot_download"):
         monkeypatch.setattr(huggingface_hub, name, never)
     said = refused(tower(), source, FileNotFoundError)
     assert f"no file or folder {str(source)!r}" in said

@@ -29,12 +29,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 
-import siglip_lib.train.distributed as distributed
+import siglip_lib.train.stored as stored_module
 import siglip_lib.train.training as train
 from siglip_lib import SigLIP, Tokenizer, load_siglip
 from siglip_lib.data.emoji64 import Emoji64, load_emoji64, split
 from siglip_lib.siglip.shipped import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
 from siglip_lib.train.__main__ import _SIGNALS, _Metrics, _Stop, main
+from siglip_lib.train.batches import Batches
 from siglip_lib.train.distributed import PARALLEL, DistributedTraining
 from siglip_lib.train.recipe import TrainConfig
 from siglip_lib.train.stored import load_checkpoint, newest_checkpoint, save_checkpoint, whole_model
@@ -140,13 +141,13 @@ def fail(*args, **options):
 
 def first_is_slow(training: Training, folder: Path) -> list[str]:
     """What lies in the folder the moment that ``save_checkpoint`` returns; the first process makes the others wait."""
-    begin, rename = distributed._begin, os.replace
+    begin, rename = stored_module._begin_folder, os.replace
     if training.rank == 0:
-        distributed._begin = lambda *args: (time.sleep(0.5), begin(*args))
+        stored_module._begin_folder = lambda *args: (time.sleep(0.5), begin(*args))
         os.replace = lambda *args: (time.sleep(0.5), rename(*args))
     stored = save_checkpoint(training, folder / "slow")
     left = [path.name for path in stored.parent.iterdir()]
-    distributed._begin, os.replace = begin, rename
+    stored_module._begin_folder, os.replace = begin, rename
     return left
 
 
@@ -169,7 +170,7 @@ def disk_is_full(training: Training, folder: Path) -> list[str]:
 
 def interrupt(new: Callable) -> list:
     """Ctrl-C in one of two processes: where both then stand, and whether going on gives what nothing stopped."""
-    train.BLOCK = 2
+    Batches.block = 2
     whole, stopped = new(2, "ddp"), new(2, "ddp")
     whole.run(progress=False)
     clip = DistributedTraining._clip
@@ -187,7 +188,7 @@ def interrupt(new: Callable) -> list:
         found.append(stopped.step)
     DistributedTraining._clip = clip
     stopped.run(progress=False)
-    train.BLOCK = 50
+    Batches.block = 50
     same = map(torch.equal, stopped.model.state_dict().values(), whole.model.state_dict().values())
     return [*found, stopped.losses == whole.losses, all(same)]
 
@@ -302,7 +303,7 @@ def test_broken_off_it_does_not_go_on_and_says_what_to_take_up(emoji, tmp_path, 
             patch.setattr(train, "augment", fail)
             with pytest.raises(OSError, match="no space left"):
                 training.run(progress=False)
-        said = "may not stand at the same step; take up '.*step_000000001'"
+        said = "may not stand at the same step; resume from '.*step_000000001'"
         for use in (training.run, lambda: save_checkpoint(training, tmp_path / "stored")):
             with pytest.raises(RuntimeError, match=said):
                 use()
@@ -426,7 +427,7 @@ DAMAGES = {
     "no tensors": (lambda s: (s / "__0_0.distcp").unlink(), "is damaged: FileNotFoundError"),
     "a tensor less": (
         lambda s: changed(s, lambda c: c.state_dict_metadata.pop(NAME) and None),
-        f"missing or unexpected are {NAME}",
+        f"its tensors do not fit. missing (1): {NAME}",
     ),
     "a part of a tensor less": (
         lambda s: changed(s, lambda c: c.state_dict_metadata[NAME].chunks.clear()),
@@ -436,7 +437,7 @@ DAMAGES = {
         lambda s: changed(
             s, lambda c: setattr(c.state_dict_metadata[NAME], "size", torch.Size([2]))
         ),
-        f"{NAME} is float32 (2,)",
+        f"of the wrong shape (1): {NAME} (2,), not ()",
     ),
     "no JSON": (lambda s: (s / "training.json").write_text("{"), "is damaged: JSONDecodeError"),
     "other JSON": (lambda s: (s / "training.json").write_text("[1]"), "does not tell its settings"),
@@ -504,7 +505,7 @@ ELSEWHERE = [
 ]
 
 
-@pytest.mark.parametrize("where", ["Path.read_text", "_contents", "_Reader.read_data"])
+@pytest.mark.parametrize("where", ["Path.read_text", "_contents", "FileSystemReader.read_data"])
 def test_a_good_checkpoint_is_not_called_damaged_where_something_else_failed(
     emoji, undamaged, monkeypatch, where
 ):

@@ -100,7 +100,7 @@ def check_tokens(name: str, x: Tensor, width: int) -> None:
         raise ValueError(f"{name} has shape {shape}; it must be (B, N, {width})")
 
 
-def listed(names: Iterable[str], most: int = 20) -> str:
+def join_names(names: Iterable[str], most: int = 20) -> str:
     """The names in order, those beyond ``most`` only counted."""
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""

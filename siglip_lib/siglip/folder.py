@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from siglip_lib.base.checks import finite_tensors, listed
+from siglip_lib.base.checks import finite_tensors, join_names
 from siglip_lib.siglip.config_json import config_json, read_config
 from siglip_lib.siglip.model import SigLIP, SigLIPConfig, check_tokenizer
 from siglip_lib.siglip.text import Tokenizer
@@ -124,7 +124,7 @@ def load_siglip(source: str | Path) -> tuple[SigLIP, Tokenizer]:
     def choose(get: Get) -> tuple[Path, Path, Files]:
         found = {_CONFIG: get(_CONFIG), _PIECES: get(_PIECES), _WEIGHTS: choose_weights(get)}
         if lost := [name for name, file in found.items() if not file]:
-            raise FileNotFoundError(f"{str(source)!r} holds no {listed(lost)}")
+            raise FileNotFoundError(f"{str(source)!r} holds no {join_names(lost)}")
         return tuple(found.values())
 
     if not str(source).startswith("hf-hub:"):
@@ -190,8 +190,8 @@ def check_replaceable(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     if names and names != {_CONFIG, _WEIGHTS, _PIECES}:
         raise FileExistsError(
-            f"folder={str(folder)!r} holds {listed(names)}; one that is not empty is replaced only if it is a SigLIP, "
-            f"{_CONFIG}, {_WEIGHTS} and {_PIECES}, and nothing else"
+            f"folder={str(folder)!r} holds {join_names(names)}; one that is not empty is replaced only if it is a "
+            f"SigLIP, {_CONFIG}, {_WEIGHTS} and {_PIECES}, and nothing else"
         )
     if names:
         try:

@@ -4,16 +4,16 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from siglip_lib.base.checks import join_names
+
 # Every tower has one of these tensors; what stands before the name is the tower's prefix.
 _MARKS = {
     "patch_embed.proj.weight": "timm",
     "embeddings.patch_embedding.weight": "transformers",
 }
 
-
 # What torch.compile (the first), DataParallel and DistributedDataParallel call what they wrap.
 _WRAPPERS = ("_orig_mod", "module")
-
 
 # timm's names and transformers', in the order in which they are replaced; one that starts with a
 # dot stands anywhere, others at the start.
@@ -26,7 +26,6 @@ _BOTH_TOWERS = (
     (".self_attn.proj.", ".self_attn.out_proj."),
 )
 
-
 IMAGE_TOWER = (
     ("patch_embed.proj.", "embeddings.patch_embedding."),
     *_BOTH_TOWERS,
@@ -38,7 +37,6 @@ IMAGE_TOWER = (
     ("attn_pool.norm.", "head.layernorm."),
     ("attn_pool.mlp.", "head.mlp."),
 )
-
 
 TEXT_TOWER = (
     ("token_embed.", "embeddings.token_embedding."),
@@ -124,3 +122,19 @@ def under_transformers_names(
                     renamed = new + renamed.removeprefix(old)
             found.setdefault(renamed, []).append(view)
     return found
+
+
+def check_transformers_has(state: dict[str, Tensor], depth: int) -> None:
+    """Raise ValueError for a tower, under timm's names, that is not what transformers builds."""
+    pooled = "attn_pool.latent" in state
+    block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    pool = ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2") if pooled else ()
+    layers = ["patch_embed.proj", "norm", *(f"attn_pool.{layer}" for layer in pool)]
+    layers += [f"blocks.{i}.{layer}" for i in range(depth) for layer in block]
+    theirs = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    theirs |= {"pos_embed", "attn_pool.latent"} if pooled else {"pos_embed"}
+    if differs := state.keys() ^ theirs:
+        raise ValueError(
+            "transformers' SiglipVisionModel has no class token, no LayerScale, no qk-norm, no classifier, and a bias "
+            f"everywhere; it differs in {join_names(differs)}"
+        )

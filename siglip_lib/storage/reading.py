@@ -13,18 +13,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from siglip_lib.base.checks import listed
+from siglip_lib.base.checks import join_names
 from siglip_lib.storage.names import marked_towers, tower_of
 
 Get = Callable[[str], Path | None]  # from a file's name to its path
-
-
 Files = dict[Path, set[str] | None]  # what to read, and which tensors of it; None for all
-
-
 Found = TypeVar("Found")
-
-
 _HUB = "hf-hub:"
 
 
@@ -56,18 +50,18 @@ def _kind(path: Path) -> str | None:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
             path.open("rb").close()
+            return "file"
     except PermissionError as error:
         raise PermissionError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
-        if path.is_symlink():
-            there = os.readlink(path)
-            raise FileNotFoundError(
-                f"{str(path)!r} is a link to {there!r}, where nothing is"
-            ) from error
-        return None
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        if not path.is_symlink():
+            return None
+        raise FileNotFoundError(
+            f"{str(path)!r} is a link to {os.readlink(path)!r}, where nothing is"
+        ) from error
+    if not stat.S_ISDIR(mode):
         raise ValueError(f"{str(path)!r} is neither a file nor a folder, but a pipe or a device")
-    return "file" if stat.S_ISREG(mode) else "folder"
+    return "folder"
 
 
 def _file(path: Path) -> Path | None:
@@ -109,7 +103,7 @@ def choose_weights(get: Get, tower_only: bool = False) -> Files:
             parts = _parts(index, tower_only)
             paths = {part: get(part) for part in parts}
             if lost := [part for part, path in paths.items() if path is None]:
-                raise FileNotFoundError(f"{index.name} names {listed(lost)}, missing beside it")
+                raise FileNotFoundError(f"{index.name} names {join_names(lost)}, missing beside it")
             return {paths[part]: names for part, names in parts.items()}
     return {}
 
@@ -131,32 +125,26 @@ def _parts(index: Path, tower_only: bool) -> dict[str, set[str]]:
 
 def _find_on_hub(repository: str, choose: Callable[[Get], Found], also: str) -> Found:
     """What ``choose`` finds in a repository, fetched; without a connection, in what was fetched before."""
-    from huggingface_hub import constants, hf_hub_download, model_info, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, model_info, snapshot_download
 
-    offline = None
     try:
-        # fails at once where a download would try for 20 seconds; without a limit it waits for ever for an answer
+        # fails at once where a download would try for 20 seconds, and waits for an answer no longer than the limit;
+        # snapshot_download has none
         about = model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        there = {file.rfilename for file in about.siblings}
-    except Exception as error:  # its class depends on the cause and the version
-        offline = error
-
-    def get(name: str) -> Path | None:
-        if offline is None:
-            return Path(hf_hub_download(repository, name)) if name in there else None
-        cached = try_to_load_from_cache(repository, name)
-        return Path(cached) if isinstance(cached, str) else None
-
-    try:
-        return choose(get)
-    except FileNotFoundError:
-        if offline is None:
-            raise
-    raise OSError(
-        f"cannot fetch {repository!r} from the hub ({type(offline).__name__}), and it was not fetched before. Download "
-        f"its {also}model.safetensors, or its model.safetensors.index.json and the parts that this names, "
-        "into a folder, and give that folder's path"
-    ) from offline
+    except Exception as offline:  # its class depends on the cause and the version
+        try:
+            # no pattern: the folder, however little of the repository was fetched
+            folder = snapshot_download(repository, allow_patterns=[], local_files_only=True)
+            return choose(lambda name: _file(Path(folder, name)))
+        except FileNotFoundError:
+            raise OSError(
+                f"cannot fetch {repository!r} from the hub ({type(offline).__name__}), and it was not fetched before. "
+                f"Download its {also}model.safetensors, or its model.safetensors.index.json and the parts that this "
+                "names, into a folder, and give that folder's path"
+            ) from offline
+    names = {file.rfilename for file in about.siblings}
+    # one by one: which parts there are is known when the index is there
+    return choose(lambda name: Path(hf_hub_download(repository, name)) if name in names else None)
 
 
 def read_weights(files: Files) -> tuple[dict[str, Tensor], str]:
@@ -167,7 +155,7 @@ def read_weights(files: Files) -> tuple[dict[str, Tensor], str]:
         if names is None:
             names = found.keys()
         elif lost := names - found.keys():
-            raise ValueError(f"{path.name} lacks {listed(lost)}, which the index says is there")
+            raise ValueError(f"{path.name} lacks {join_names(lost)}, which the index says is there")
         state |= {name: found[name] for name in names}
     paths = list(files)
     return state, paths[0].name if len(paths) == 1 else paths[0].parent.name
@@ -216,11 +204,11 @@ def _tensors_in(content: object, where: str) -> dict[str, Tensor]:
     if len(found) == 1:
         return next(iter(found.values()))
     if found:
-        which = listed(".".join(keys) for keys in found)
+        which = join_names(".".join(keys) for keys in found)
         raise ValueError(
             f"{where} holds several dicts of tensors by name, {which}; store one of them"
         )
-    keys = f"; its keys are {listed(map(str, content))}" if isinstance(content, dict) else ""
+    keys = f"; its keys are {join_names(map(str, content))}" if isinstance(content, dict) else ""
     raise ValueError(f"{where} holds no dict of tensors by name{keys}")
 
 
@@ -242,9 +230,7 @@ def noted_grid(files: Files) -> tuple[int, int] | None:
     """The grid of the position embeddings that ``save_weights`` noted, if it wrote one of the files."""
     from safetensors import safe_open
 
-    for path in files:
-        if path.suffix != ".safetensors":
-            continue
+    for path in (file for file in files if file.suffix == ".safetensors"):
         with safe_open(path, "pt") as file:
             noted = (file.metadata() or {}).get("grid")
         if noted is not None:

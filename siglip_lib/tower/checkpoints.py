@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from siglip_lib.base.checks import finite_tensors, listed, pair
-from siglip_lib.storage.fitting import check_finite, check_fit, check_plain, fill
+from siglip_lib.base.checks import finite_tensors, pair
+from siglip_lib.storage.fitting import Views, check_finite, check_fit, check_plain, fill
 from siglip_lib.storage.names import (
     IMAGE_TOWER,
+    check_transformers_has,
     tower_of,
     under_transformers_names,
     unwrapped,
@@ -26,6 +27,7 @@ from siglip_lib.tower.patches import resample_abs_pos_embed
 if TYPE_CHECKING:
     from siglip_lib.tower.vision_transformer import VisionTransformer
 
+_Grid = tuple[int, int]  # rows and columns of patches
 
 # What save_weights offers: whose names, and the prefix.
 _LAYOUTS = {
@@ -44,13 +46,13 @@ class LoadedWeights:
     prefix: str  # of the tower in the checkpoint
     tensors: int  # of the tower in the checkpoint
     others: int  # tensors outside the prefix, of a text tower for example
-    resampled: tuple[tuple[int, int], tuple[int, int]] | None  # grids of the position embeddings
+    resampled: tuple[_Grid, _Grid] | None  # grids of the position embeddings
 
     def __str__(self) -> str:
-        text = f"{self.tensors} tensors under {self.names}'s names"
-        text += f" after {self.prefix!r}" if self.prefix else ""
-        text += f"; {self.others} of other parts left alone" if self.others else ""
-        return text + (f"; {_resampling(*self.resampled)}" if self.resampled else "")
+        said = f"{self.tensors} tensors under {self.names}'s names"
+        said += f" after {self.prefix!r}" if self.prefix else ""
+        said += f"; {self.others} of other parts left alone" if self.others else ""
+        return said + (f"; {_resampling(*self.resampled)}" if self.resampled else "")
 
 
 def load_weights(
@@ -94,19 +96,19 @@ def load_weights(
     names, prefix = tower_of(state, where)
     found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     found = without_wrappers(found, where)
-    ours = {name: [tensor] for name, tensor in weights.items()}
+    wanted = {name: [tensor] for name, tensor in weights.items()}
     if names == "transformers":
-        ours = under_transformers_names(weights, IMAGE_TOWER)
+        wanted = under_transformers_names(weights, IMAGE_TOWER)
     check_plain(found, where)
     grid = grid or noted_grid(files)
-    resampled = _fit_positions(found, ours, model, grid, where)
+    resampled = _fit_positions(found, wanted, model, grid, where)
     misfit = f"{where} does not fit the model, which is unchanged"
-    check_fit(found, ours, misfit, _hint(found, ours))
-    check_finite(found, ours, where)
+    check_fit(found, wanted, misfit, _hint(found, wanted))
+    check_finite(found, wanted, where)
     if resampled:
         guess = "" if grid else "; a square was assumed, as no grid is noted: grid= says another"
         warnings.warn(_resampling(*resampled) + guess, stacklevel=2)
-    fill(ours, found)
+    fill(wanted, found)
     return LoadedWeights(names, prefix, len(found), len(state) - len(found), resampled)
 
 
@@ -135,107 +137,79 @@ def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "ti
     model = unwrapped(model)
     state = whole_state(model)
     finite_tensors("model has", state)
-    noted = {}
-    if "pos_embed" in state:
-        rows, columns = model.patch_embed.grid_size
-        noted["grid"] = f"{rows}x{columns}"
+    noted = {"grid": "{}x{}".format(*model.patch_embed.grid_size)} if "pos_embed" in state else {}
     if names == "transformers":
-        _check_transformers_has(state, len(model.blocks))
+        check_transformers_has(state, len(model.blocks))
         views = under_transformers_names(state, IMAGE_TOWER)
         state = {name: torch.cat(rows) for name, rows in views.items()}
     write_tensors({prefix + name: tensor for name, tensor in state.items()}, path, **noted)
 
 
-# --- models ---
-
-
-# --- files ---
-
-
-# --- names ---
-
-
-def _check_transformers_has(state: dict[str, Tensor], depth: int) -> None:
-    """Refuse a tower, under timm's names, that is not what transformers builds."""
-    pooled = "attn_pool.latent" in state
-    block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    pool = ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2") if pooled else ()
-    layers = ["patch_embed.proj", "norm", *(f"attn_pool.{layer}" for layer in pool)]
-    layers += [f"blocks.{i}.{layer}" for i in range(depth) for layer in block]
-    theirs = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} | {"pos_embed"}
-    theirs |= {"attn_pool.latent"} if pooled else set()
-    if differs := state.keys() ^ theirs:
-        raise ValueError(
-            "transformers' SiglipVisionModel has no class token, no LayerScale, no qk-norm, no classifier, and a bias "
-            f"everywhere; it differs in {listed(differs)}"
-        )
-
-
-# --- the check, before anything is copied ---
+def _positions(found: dict[str, Tensor], wanted: Views) -> str | None:
+    """The name of the position embeddings, if both have them."""
+    names = ("pos_embed", "embeddings.position_embedding.weight")
+    return next((name for name in names if name in found and name in wanted), None)
 
 
 def _fit_positions(
     found: dict[str, Tensor],
-    ours: dict[str, list[Tensor]],
+    wanted: Views,
     model: "VisionTransformer",
-    grid: tuple[int, int] | None,
+    grid: _Grid | None,
     where: str,
-) -> tuple[tuple[int, int], tuple[int, int]] | None:
+) -> tuple[_Grid, _Grid] | None:
     """Resample the position embeddings if their grid differs; return the old and the new grid.
 
     Equal counts are not equal grids: 2 x 8 patches are as many as 4 x 4.
     """
-    name = "pos_embed" if "pos_embed" in ours else "embeddings.position_embedding.weight"
-    if name not in found or name not in ours:
+    name = _positions(found, wanted)
+    if name is None:
         return None
-    old, (wanted,), new = found[name], ours[name], model.patch_embed.grid_size
-    if old.ndim != wanted.ndim:
-        return None  # the check will name the shape
-    prefix = wanted.shape[-2] - new[0] * new[1]
+    old, (ours,), new = found[name], wanted[name], model.patch_embed.grid_size
+    if old.shape != (*ours.shape[:-2], *old.shape[-2:-1], ours.shape[-1]):
+        return None  # check_fit will name the shape
+    prefix = ours.shape[-2] - new[0] * new[1]
     count = old.shape[-2] - prefix
     side = math.isqrt(max(count, 0))
     if grid is None and side**2 == count:
         grid = (side, side)
+    if grid is None and old.shape != ours.shape:
+        return None
     if grid is None or grid[0] * grid[1] != count:
-        if grid is None and old.shape != wanted.shape:
-            return None  # the check will name the shape
         said = "no square, and notes no grid" if grid is None else f"not {grid[0]} x {grid[1]}"
         raise ValueError(
             f"{where} has position embeddings of {count} patches, {said}; give load_weights "
             f"grid=(rows, columns), such as grid={new}, the model's"
         )
-    if (
-        count == 0
-        or old.shape != (*wanted.shape[:-2], old.shape[-2], wanted.shape[-1])
-        or grid == new
-    ):
+    if count == 0 or grid == new:
         return None
     old = old.view(1, *old.shape[-2:])  # transformers' is (N, D)
-    found[name] = resample_abs_pos_embed(old, new, grid, prefix).view_as(wanted)
+    found[name] = resample_abs_pos_embed(old, new, grid, prefix).view_as(ours)
     return grid, new
 
 
-def _hint(found: dict[str, Tensor], ours: dict[str, list[Tensor]]) -> str:
+def _hint(found: dict[str, Tensor], wanted: Views) -> str:
     """How to load a tower whose head or grid is not the model's."""
 
-    def head(state: dict[str, Tensor]) -> tuple[str, int]:
-        pool = "avg" if "fc_norm.weight" in state else ""
-        if any(name.startswith(("attn_pool.", "head.attention.")) for name in state):
+    def head(shapes: dict[str, torch.Size]) -> tuple[str, int]:
+        pool = "avg" if "fc_norm.weight" in shapes else ""
+        if any(name.startswith(("attn_pool.", "head.attention.")) for name in shapes):
             pool = "map"
-        return pool, state["head.weight"].shape[:1].numel() if "head.weight" in state else 0
+        return pool, shapes.get("head.weight", torch.Size([0]))[:1].numel()
 
-    views = {name: views[0] for name, views in ours.items()}
-    said, (pool, classes) = "", head(found)
-    if (pool, classes) != head(views):
+    theirs = {name: tensor.shape for name, tensor in found.items()}
+    ours = {name: views[0].shape for name, views in wanted.items()}
+    said, (pool, classes) = "", head(theirs)
+    if (pool, classes) != head(ours):
         said += (
             f". The heads differ: build the model with global_pool={pool!r} and num_classes={classes}, as the "
             "checkpoint's is, load it, and call model.reset_classifier(num_classes, global_pool)"
         )
-    names = {"pos_embed", "embeddings.position_embedding.weight"} & found.keys() & views.keys()
-    if any(found[name].shape != views[name].shape for name in names):
+    name = _positions(found, wanted)
+    if name and theirs[name] != ours[name]:
         said += ". Positions of a grid that is no square are resampled if load_weights is given grid=(rows, columns)"
     return said
 
 
-def _resampling(old: tuple[int, int], new: tuple[int, int]) -> str:
+def _resampling(old: _Grid, new: _Grid) -> str:
     return f"position embeddings resampled from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"

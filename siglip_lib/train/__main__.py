@@ -1,4 +1,8 @@
-"""What ``python -m siglip_lib.train`` does, alone or in every process that ``siglip_lib.launch`` starts."""
+"""``python -m siglip_lib.train``, alone or in every process that ``siglip_lib.launch`` starts.
+
+A signal to stop stores a checkpoint before the run ends: on a CPU after the step, on a GPU after the block of 50 steps,
+that it is at. A second one changes nothing.
+"""
 
 import argparse
 import fcntl
@@ -6,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -24,7 +28,7 @@ from siglip_lib.siglip.folder import check_replaceable, save_siglip
 from siglip_lib.siglip.model import SigLIP
 from siglip_lib.siglip.shipped import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
 from siglip_lib.siglip.text import Tokenizer
-from siglip_lib.train.batches import BLOCK
+from siglip_lib.train.batches import Batches
 from siglip_lib.train.distributed import PARALLEL, DistributedTraining
 from siglip_lib.train.recipe import TrainConfig
 from siglip_lib.train.stored import load_checkpoint, newest_checkpoint, save_checkpoint, whole_model
@@ -37,6 +41,15 @@ four, on a GPU each if there are any:
 _EPILOG = """--out gets metrics.csv, checkpoints/ and, at the end, weights/, which load_siglip reads. Ctrl-C, SIGTERM
 and SIGHUP store a checkpoint and end the run (exit code 128 + the signal's number); --resume goes on, also with another
 number of processes."""
+_CONFIG_OPTIONS = {
+    "steps": "optimizer steps",
+    "batch": "pairs in a step, over all processes",
+    "lr": "highest learning rate",
+    "logit_lr": "the same, of temperature and bias",
+    "weight_decay": "of matrices",
+    "warmup": "steps until the highest learning rate",
+    "seed": "of weights, batches, captions and augmentation",
+}
 # how long a process waits for the others: one that died unseen must not keep them for ever
 _TIMEOUT = timedelta(seconds=50)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -48,17 +61,22 @@ def main() -> None:
     parser = _parser()
     given = _arguments(parser)
     stop = _Stop()
+    tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
     with _process_group(given.device):
-        training = _training(given, parser)
+        try:
+            training = _new_training(given, tokenizer)
+        except ValueError as error:  # --batch does not fit, in all processes alike
+            parser.error(str(error))
         checkpoints = given.out / "checkpoints"
-        with _folder(given, parser) as metrics:
+        metrics = _take_folder(given.out, given.resume, training, parser)
+        with closing(metrics) if metrics else nullcontext():
             if given.resume:
                 load_checkpoint(training, checkpoints)
             stopped = _train(training, checkpoints, given.checkpoint_every, stop, metrics)
             training.release()
             model = None if stopped else whole_model(training)
             if model is not None:
-                save_siglip(model, _tokenizer(), given.out / "weights")
+                save_siglip(model, tokenizer, given.out / "weights")
                 print(f"the weights are in {given.out / 'weights'}", file=sys.stderr)
     if stopped:
         sys.exit(128 + stopped)  # as the shell reports it
@@ -67,21 +85,20 @@ def main() -> None:
 def _train(
     training: Training, checkpoints: Path, every: int, stop: "_Stop", metrics: "_Metrics | None"
 ) -> int:
-    """Train to the end and return 0, or, if told to stop, store the training and return the signal's number."""
-    first = _rank() == 0
+    """Train to the end and return 0; or, by a signal to stop, store the training and return the signal's number."""
     steps = training.config.steps
     # a GPU gets a block of steps ahead; on a CPU a look after each costs nothing
-    stride = BLOCK if training.device.type == "cuda" else 1
+    stride = Batches.block if training.device.type == "cuda" else 1
     if metrics:
         metrics.begin(training)
     stored = training.step
-    with tqdm(total=steps, initial=stored, unit="step", disable=not first) as bar:
+    with tqdm(total=steps, initial=stored, unit="step", disable=training.rank > 0) as bar:
         while training.step < steps:
             if number := stop.agreed():
                 # even before the first step: what nothing is stored of can't be resumed
                 if training.step > stored or not training.stored:
                     save_checkpoint(training, checkpoints)
-                if first:
+                if training.rank == 0:
                     with suppress(OSError):  # after SIGHUP the terminal may be gone
                         bar.write(f"stopped after {training.step} steps", file=sys.stderr)
                 return number
@@ -90,8 +107,8 @@ def _train(
             training.run(until, progress=False)
             if metrics:
                 metrics.add(training, done)
-            loss, rate = training.losses[-1], training.rate(until - 1)
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", refresh=False)
+            loss, lr = training.losses[-1], training.rate(until - 1)
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
             bar.update(until - done)
             if until % every == 0:
                 save_checkpoint(training, checkpoints)
@@ -100,7 +117,7 @@ def _train(
 
 
 class _Metrics:
-    """A line for each step in a file, which begins with those of the training that was taken up.
+    """A line for each step in a file, which begins with those of the training that was resumed.
 
     As long as it is open no other run can have the same folder; the system forgets that when the process ends.
 
@@ -144,20 +161,20 @@ class _Stop:
     """Signals to stop, which may reach some processes sooner than others, and some not at all."""
 
     def __init__(self) -> None:
-        self._told = 0
+        self._received = 0
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
-                signal.signal(number, self._tell)
+                signal.signal(number, self._receive)
 
-    def _tell(self, number: int, frame: FrameType | None) -> None:
-        self._told = number
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
 
     def agreed(self) -> int:
-        """Return, in all processes alike, the number of a signal that one was told to stop by, or 0."""
-        told = torch.tensor(self._told)
+        """Return, in all processes alike, the number of a signal that one of them received, or 0."""
+        received = torch.tensor(self._received)
         if dist.is_initialized():
-            dist.all_reduce(told, dist.ReduceOp.MAX)
-        return int(told)
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+        return int(received)
 
 
 @contextmanager
@@ -175,29 +192,22 @@ def _process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: the others may be gone
 
 
-@contextmanager
-def _folder(
-    given: argparse.Namespace, parser: argparse.ArgumentParser
-) -> Iterator["_Metrics | None"]:
-    """Take the folder of the results, in the first process; refuse in all what would lose what it holds."""
+def _take_folder(
+    out: Path, resume: bool, training: Training, parser: argparse.ArgumentParser
+) -> _Metrics | None:
+    """Open the metrics, in the first process; end all processes if the run would lose what the folder holds."""
     metrics, refusal = None, [None]
-    if _rank() == 0:
+    if training.rank == 0:
         try:
-            _check_folder(given.out, given.resume)
-            metrics = _Metrics(given.out / "metrics.csv")
+            _check_folder(out, resume)
+            metrics = _Metrics(out / "metrics.csv")
         except (OSError, ValueError) as error:
             refusal = [str(error)]
-    if dist.is_initialized():
+    if training.group is not None:
         dist.broadcast_object_list(refusal)
-    if refusal[0] and _rank() == 0:
-        parser.error(refusal[0])
     if refusal[0]:
-        sys.exit(2)
-    try:
-        yield metrics
-    finally:
-        if metrics:
-            metrics.close()
+        parser.error(refusal[0]) if training.rank == 0 else sys.exit(2)
+    return metrics
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -214,30 +224,15 @@ def _check_folder(out: Path, resume: bool) -> None:
     check_replaceable(out / "weights")  # not after the last step
 
 
-def _training(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Training:
-    try:
-        return _new_training(given)
-    except ValueError as error:  # --batch does not fit, in all processes alike
-        parser.error(str(error))
-
-
-def _new_training(given: argparse.Namespace) -> Training:
+def _new_training(given: argparse.Namespace, tokenizer: Tokenizer) -> Training:
     config = given.config
     torch.manual_seed(config.seed)
     emoji = load_emoji64()
-    parts = (SigLIP(EMOJI64_SIGLIP), _tokenizer(), emoji, split(emoji).train, config)
+    parts = (SigLIP(EMOJI64_SIGLIP), tokenizer, emoji, split(emoji).train, config)
     if not dist.is_initialized():
         return Training(*parts, given.device)
     mesh = init_device_mesh(given.device.type, (dist.get_world_size(),))
     return DistributedTraining(*parts, mesh, given.device, given.parallel or "ddp")
-
-
-def _tokenizer() -> Tokenizer:
-    return Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -247,46 +242,34 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of all results")
-    for name, kind, what in (
-        ("steps", int, "optimizer steps"),
-        ("batch", int, "pairs in a step, over all processes"),
-        ("lr", float, "highest rate"),
-        ("logit-lr", float, "the same, of temperature and bias"),
-        ("weight-decay", float, "of matrices"),
-        ("warmup", int, "steps until the highest rate"),
-        ("seed", int, "of weights, batches, captions and augmentation"),
-    ):
-        default = getattr(TrainConfig, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{what} ({default})")
-    parser.add_argument(
-        "--parallel", choices=PARALLEL, help="of several processes: whole weights in each process (ddp), "
-        "the default, or sharded ones (fsdp2)"
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of all results")
+    for name, what in _CONFIG_OPTIONS.items():
+        default = getattr(TrainConfig, name)
+        option = "--" + name.replace("_", "-")
+        add(option, type=type(default), default=default, help=f"{what} ({default})")
+    add(
+        "--parallel", choices=PARALLEL, help="of several processes: whole weights in each process (ddp), the default, "
+        "or sharded ones (fsdp2)"
     )  # fmt: skip
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="a GPU if there is one"
-    )
-    parser.add_argument(
-        "--checkpoint-every", type=int, default=1000, metavar="STEPS", help="(1000)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    devices = ("auto", "cpu", "cuda")
+    add("--device", choices=devices, default="auto", help="a GPU if there is one")
+    add("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="(1000)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
     return parser
 
 
 def _arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     given = parser.parse_args()
-    names = ("steps", "batch", "lr", "logit_lr", "weight_decay", "warmup", "seed")
     try:
-        given.config = TrainConfig(**{name: getattr(given, name) for name in names})
+        given.config = TrainConfig(**{name: getattr(given, name) for name in _CONFIG_OPTIONS})
         positive_int("--checkpoint-every", given.checkpoint_every)
         given.device = _device(given.device)
     except ValueError as error:
         parser.error(str(error))
     if given.parallel and not dist.is_torchelastic_launched():
-        parser.error(
-            f"--parallel {given.parallel} is for several processes: start them by "
-            "python -m siglip_lib.launch"
-        )
+        how = "start them by python -m siglip_lib.launch"
+        parser.error(f"--parallel {given.parallel} is for several processes: {how}")
     return given
 
 
@@ -301,3 +284,7 @@ def _device(name: str) -> torch.device:
             f"process {local} of this machine needs a GPU of its own; there are {gpus}"
         )
     return torch.device("cuda", local)
+
+
+if __name__ == "__main__":
+    main()

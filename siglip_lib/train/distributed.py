@@ -1,4 +1,4 @@
-"""Train a SigLIP with many processes, and store a training so that any number of processes can take it up."""
+"""Many processes train a SigLIP on emoji64."""
 
 import math
 from collections.abc import Iterator
@@ -48,8 +48,6 @@ class DistributedTraining(Training):
             ``Training``.
     """
 
-    _alone = False
-
     def __init__(
         self,
         model: SigLIP,
@@ -84,10 +82,10 @@ class DistributedTraining(Training):
         with self._own_stream():
             super().run(until, progress)
 
-    def settle(self) -> None:
+    def check_usable(self) -> None:
         if len(self.losses) < self.step:
-            self._spoilt = _STEPS_APART
-        super().settle()
+            self._damage = _STEPS_APART
+        super().check_usable()
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
@@ -101,7 +99,7 @@ class DistributedTraining(Training):
             yield
         outside.wait_stream(self._stream)
 
-    def _wrapped(self, model: SigLIP) -> nn.Module:
+    def _new_pair_loss(self, model: SigLIP) -> nn.Module:
         pair_loss = PairLoss(model, partial(ring_sigmoid_loss, group=self.group))
         if self._parallel == "ddp":
             return DistributedDataParallel(
@@ -113,7 +111,7 @@ class DistributedTraining(Training):
         return fully_shard(pair_loss, mesh=self._mesh, ignored_params=scalars)
 
     def _one_step(self) -> Tensor:
-        self._spoilt = _STEPS_APART  # until the step is counted
+        self._damage = _STEPS_APART  # until the step is counted
         return super()._one_step()
 
     def _clip(self) -> None:
@@ -132,7 +130,7 @@ class DistributedTraining(Training):
         for some in (sharded, whole):
             nn.utils.clip_grads_with_norm_(some, self.config.clip, norm)
 
-    def _of_whole_batches(self, losses: Tensor, told: bool) -> tuple[Tensor, bool]:
-        both = torch.cat([losses, losses.new_tensor([float(told)])])
+    def _over_processes(self, losses: Tensor, interrupted: bool) -> tuple[Tensor, bool]:
+        both = torch.cat([losses, losses.new_tensor([float(interrupted)])])
         dist.all_reduce(both, group=self.group)
         return both[:-1] / self._mesh.size(), bool(both[-1] > 0)

@@ -19,7 +19,7 @@ class TrainConfig:
         steps: optimizer steps.
         batch: pairs in a step, each of another concept; of more than there are concepts each has another picture, and
             all pairs of one concept belong together.
-        lr: highest rate of AdamW, reached after ``warmup`` steps, then lowered along a cosine to 0.
+        lr: highest learning rate of AdamW, reached after ``warmup`` steps, then lowered along a cosine to 0.
         logit_lr: the same for log-temperature and bias.
         weight_decay: of matrices; norms, biases, positions, the pooling query, temperature and bias have none.
         warmup: steps of a linear rise.
@@ -61,7 +61,7 @@ class TrainConfig:
 
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """Share of the highest rate: up a line, down a cosine."""
+    """Return the learning rate at a step as a share of the highest one: up a line, down a cosine."""
     if step < config.warmup:
         return (step + 1) / config.warmup
     done = (step - config.warmup) / max(config.steps - config.warmup, 1)
@@ -69,7 +69,7 @@ def schedule(step: int, config: TrainConfig) -> float:
 
 
 def new_optimizer(model: SigLIP, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return AdamW with a learning rate and a weight decay for each kind of parameter, its state already there."""
+    """Return AdamW with its state as before the first step; ``highest`` of a group is its highest learning rate."""
     logit, matrices, others = [], [], []
     for name, parameter in model.named_parameters():
         if name.startswith("logit_"):
@@ -78,20 +78,20 @@ def new_optimizer(model: SigLIP, config: TrainConfig, device: torch.device) -> t
             others.append(parameter)
         else:
             matrices.append(parameter)
-    rates = (
+    groups = (
         (matrices, config.lr, config.weight_decay),
         (others, config.lr, 0.0),
         (logit, config.logit_lr, 0.0),
     )
-    # a rate on the device can change without recording the graph anew
+    # a learning rate on the device can change without recording the graph anew
     groups = [
         {"params": p, "lr": torch.tensor(lr, device=device), "highest": lr, "weight_decay": decay}
-        for p, lr, decay in rates
+        for p, lr, decay in groups
     ]
     optimizer = torch.optim.AdamW(
         groups, betas=(0.9, 0.98), fused=True, capturable=device.type == "cuda"
     )
-    # AdamW would begin so at its first step; now a training that has not begun is stored and taken up as any other
+    # AdamW would begin so at its first step; now a training that has not begun is stored and resumed as any other
     for parameter in (p for group in groups for p in group["params"] if p.requires_grad):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=device),

@@ -27,13 +27,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from siglip_lib.base.checks import finite_tensors, listed
+from siglip_lib.base.checks import finite_tensors, join_names
 from siglip_lib.siglip.model import SigLIP
-from siglip_lib.train.distributed import DistributedTraining
-from siglip_lib.train.training import Training, is_out_of_memory
+from siglip_lib.storage.fitting import check_fit
+from siglip_lib.train.state import TrainingState, is_out_of_memory
 
 
-def save_checkpoint(training: Training, folder: str | Path) -> Path:
+def save_checkpoint(training: TrainingState, folder: str | Path) -> Path:
     """Store a training under ``folder``, whole or not at all, in the place of what is stored there.
 
     Every process of the training calls it; all see the same file system. In ``folder`` only folders whose names are
@@ -46,21 +46,21 @@ def save_checkpoint(training: Training, folder: str | Path) -> Path:
         FileExistsError: the same step is stored there already.
         OSError: some process could not write; what was stored before stays. It is raised in all of them.
         ValueError: a weight or a moment is not finite.
-        RuntimeError: the model is spoilt, see ``Training.run``.
+        RuntimeError: the model is damaged, see ``Training.run``.
     """
     folder = Path(folder)
-    training.settle()
+    training.check_usable()
     final = folder / f"step_{training.step:09d}"
     temporary = final.with_name(final.name + ".part")
-    first, tensors = _is_first(training), training.tensors()
+    first, tensors = training.rank == 0, training.tensors()
     try:
-        with _together(training):
-            finite_tensors(f"{final.name} was not stored: the training has", _here(tensors))
+        with _errors_of_all(training):
+            finite_tensors(f"{final.name} was not stored: the training has", _local(tensors))
             if first:
-                _begin(training, temporary, final)
-        with _processes(training) as who:
-            dcp.save(tensors, checkpoint_id=temporary, **who)
-        with _together(training):
+                _begin_folder(training, temporary, final)
+        with _participants(training) as options:
+            dcp.save(tensors, checkpoint_id=temporary, **options)
+        with _errors_of_all(training):
             if first:
                 os.replace(temporary, final)
                 for path in _checkpoints(folder, ".part") + _checkpoints(folder):
@@ -69,8 +69,7 @@ def save_checkpoint(training: Training, folder: str | Path) -> Path:
     except FileExistsError:
         raise
     except (OSError, CheckpointException) as error:
-        cause = _cause(error) if isinstance(error, CheckpointException) else error
-        raise OSError(f"{final} was not stored: {cause}") from error
+        raise OSError(f"{final} was not stored: {_cause(error)}") from error
     finally:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -78,8 +77,8 @@ def save_checkpoint(training: Training, folder: str | Path) -> Path:
     return final
 
 
-def load_checkpoint(training: Training, folder: str | Path) -> None:
-    """Take up what ``save_checkpoint`` stored under ``folder``, by however many processes, however they shared it.
+def load_checkpoint(training: TrainingState, folder: str | Path) -> None:
+    """Resume what ``save_checkpoint`` stored under ``folder``, by however many processes, however they shared it.
 
     Nothing in the files is run, whoever wrote them.
 
@@ -88,26 +87,28 @@ def load_checkpoint(training: Training, folder: str | Path) -> None:
         ValueError: it was stored with other settings, or is damaged; nothing was changed.
         OSError: it can't be read.
     """
-    with _together(training):
+    with _errors_of_all(training):
         stored = newest_checkpoint(folder)
         if stored is None:
             raise FileNotFoundError(f"folder={str(folder)!r} holds no checkpoint")
         with _errors_mean_damage(stored):
             if odd := [path.name for path in stored.iterdir() if not path.is_file()]:
-                raise ValueError(f"{listed(odd, 5)} is no file")  # to read a pipe might never end
-            about = json.loads((stored / "training.json").read_text(encoding="utf-8"))
-        training.check_stored(about, stored.name)
-        ours = training.tensors()
+                raise ValueError(f"{join_names(odd)} is no file")  # to read a pipe might never end
+            description = json.loads((stored / "training.json").read_text(encoding="utf-8"))
+        training.check_description(description, stored.name)
+        views = training.views()
         with _errors_mean_damage(stored):
-            contents = _contents(stored / ".metadata", ours)
-    tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in ours.items()}
-    with _together(training), _errors_mean_damage(stored):
-        with _processes(training) as who:
-            dcp.load(tensors, storage_reader=_Reader(stored, contents), **who)
+            contents = _contents(stored / ".metadata", views)
+    tensors = {name: torch.full_like(tensor, math.nan) for name, (tensor,) in views.items()}
+    with _errors_of_all(training), _errors_mean_damage(stored):
+        with _participants(training) as options:
+            reader = FileSystemReader(stored)
+            reader.read_metadata = lambda: contents  # torch's own unpickles whatever the file holds
+            dcp.load(tensors, storage_reader=reader, **options)
         # what the files did not fill is still NaN
-        finite_tensors("there are", _here(tensors))
-    with _together(training):
-        training.take_up(tensors, about, stored)
+        finite_tensors("there are", _local(tensors))
+    with _errors_of_all(training):
+        training.restore(tensors, description, stored)
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -115,11 +116,11 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return max(_checkpoints(Path(folder)), default=None)
 
 
-def whole_model(training: Training) -> SigLIP | None:
+def whole_model(training: TrainingState) -> SigLIP | None:
     """Return the model with all its weights, on the CPU, in the first process; None in the others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(training.model, options=options)
-    if not _is_first(training):
+    if training.rank:
         return None
     with torch.device("meta"):
         model = SigLIP(training.model.config)
@@ -130,17 +131,18 @@ def whole_model(training: Training) -> SigLIP | None:
 def _checkpoints(folder: Path, ending: str = "") -> list[Path]:
     """Folders that ``save_checkpoint`` made; with ``.part`` those that it had to leave unfinished."""
     name = re.compile(r"step_\d{9}" + re.escape(ending), re.ASCII)
-    found = (path for path in folder.glob("step_*") if name.fullmatch(path.name))
-    return [path for path in found if path.is_dir() and not path.is_symlink()]
+    named = (path for path in folder.glob("step_*") if name.fullmatch(path.name))
+    return [path for path in named if path.is_dir() and not path.is_symlink()]
 
 
-def _begin(training: Training, temporary: Path, final: Path) -> None:
+def _begin_folder(training: TrainingState, temporary: Path, final: Path) -> None:
     if final.exists():
         raise FileExistsError(f"{final.name} is stored already")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)
-    about = {"settings": training.settings(), "step": training.step, "losses": training.losses}
-    (temporary / "training.json").write_text(json.dumps(about), encoding="utf-8")
+    description = {"settings": training.settings()}
+    description |= {"step": training.step, "losses": training.losses}
+    (temporary / "training.json").write_text(json.dumps(description), encoding="utf-8")
 
 
 class _Inert:
@@ -162,18 +164,7 @@ class _Unpickler(pickle.Unpickler):
         return type(name, (_Inert,), {})
 
 
-class _Reader(FileSystemReader):
-    """torch's own unpickles whatever the file holds."""
-
-    def __init__(self, path: Path, contents: Metadata) -> None:
-        super().__init__(path)
-        self._contents = contents
-
-    def read_metadata(self) -> Metadata:
-        return self._contents
-
-
-def _contents(path: Path, ours: dict[str, Tensor]) -> Metadata:
+def _contents(path: Path, views: dict[str, list[Tensor]]) -> Metadata:
     """Read where which part of each of our tensors lies. What a file says else is left where it is."""
     with path.open("rb") as file:
         table = _Unpickler(file).load().state
@@ -183,41 +174,36 @@ def _contents(path: Path, ours: dict[str, Tensor]) -> Metadata:
         for name, entry in table["state_dict_metadata"].items()
         if not name.startswith("optimizer.param_groups.")
     }
-    if odd := stored.keys() ^ ours.keys():
-        raise ValueError(f"missing or unexpected are {listed(odd, 5)}")
-    entries = {name: _entry(name, stored[name], tensor) for name, tensor in ours.items()}
-    places = {}
+    if odd := [name for name, entry in stored.items() if "properties" not in entry]:
+        raise ValueError(f"{join_names(odd)} is no tensor")
+    without_memory, entries, places = {}, {}, {}
+    for name, entry in stored.items():
+        dtype, size = getattr(torch, entry["properties"].state[0].__name__), _size(entry["size"])
+        parts = [(part.state["offsets"], part.state["sizes"]) for part in entry["chunks"]]
+        chunks = [ChunkStorageMetadata(*map(_size, part)) for part in parts]
+        entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+        without_memory[name] = torch.empty(size, dtype=dtype, device="meta")
+    check_fit(without_memory, views, "its tensors do not fit", same_dtype=True)
     for index, place in table["storage_data"].items():
         file, start, length = (place.state[key] for key in ("relative_path", "offset", "length"))
         # torch gives each process a file of such a name
         if type(file) is not str or not re.fullmatch(r"__\d+_\d+\.distcp", file, re.ASCII):
             raise ValueError(f"{file!r} lies elsewhere")
-        _numbers((start, length))
+        _counts((start, length))
         name, offset, which = (index.state[key] for key in ("fqn", "offset", "index"))
-        if name in ours:
+        if name in views:
             places[MetadataIndex(name, _size(offset), which)] = _StorageInfo(file, start, length)
     return Metadata(entries, storage_data=places)
 
 
-def _entry(name: str, stored: dict, tensor: Tensor) -> TensorStorageMetadata:
-    if "properties" not in stored:
-        raise ValueError(f"{name} is no tensor")
-    dtype, size = stored["properties"].state[0].__name__, _size(stored["size"])
-    if (size, f"torch.{dtype}") != (tensor.shape, str(tensor.dtype)):
-        raise ValueError(f"{name} is {dtype} {tuple(size)}")
-    parts = [(part.state["offsets"], part.state["sizes"]) for part in stored["chunks"]]
-    chunks = [ChunkStorageMetadata(*map(_size, part)) for part in parts]
-    return TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, chunks)
-
-
 def _size(stored: _Inert) -> torch.Size:
-    return torch.Size(_numbers(*stored.given))
+    return torch.Size(_counts(*stored.given))
 
 
-def _numbers(found: tuple) -> tuple[int, ...]:
-    if type(found) is not tuple or not all(type(n) is int and n >= 0 for n in found):
+def _counts(values: tuple) -> tuple[int, ...]:
+    if type(values) is not tuple or not all(type(n) is int and n >= 0 for n in values):
         raise ValueError("a size or a place in it is no number")
-    return found
+    return values
 
 
 @contextmanager
@@ -226,7 +212,7 @@ def _errors_mean_damage(stored: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:
-        cause = _cause(error) if isinstance(error, CheckpointException) else error
+        cause = _cause(error)
         if _lies_elsewhere(cause):
             raise cause from None
         # torch's own text advises to run what the file asks for
@@ -247,29 +233,31 @@ def _lies_elsewhere(cause: BaseException) -> bool:
     return lost or is_out_of_memory(cause)
 
 
-def _cause(error: CheckpointException) -> BaseException:
+def _cause(error: BaseException) -> BaseException:
     """What happened first, in the process with the lowest rank that it happened in."""
+    if not isinstance(error, CheckpointException):
+        return error
     cause, _ = min(error.failures.items())[1]
     if not isinstance(cause, Exception):  # Ctrl-C, which torch treats as a failure
         raise cause
     return cause
 
 
-def _here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What this process has of them."""
     return {n: x.to_local() if isinstance(x, DTensor) else x for n, x in tensors.items()}
 
 
 @contextmanager
-def _together(training: Training) -> Iterator[None]:
-    """Wait for all processes; what went wrong in one is raised in all, so that none goes on alone."""
+def _errors_of_all(training: TrainingState) -> Iterator[None]:
+    """Wait for all processes; what went wrong in one is raised in all, so that none continues alone."""
     error = None
     try:
         yield
     except (Exception, CheckpointException) as caught:
         error = caught
     errors = [error]
-    if isinstance(training, DistributedTraining):
+    if training.group is not None:
         errors *= dist.get_world_size(training.group)
         dist.all_gather_object(errors, error, group=training.group)
     for error in errors:
@@ -277,14 +265,10 @@ def _together(training: Training) -> Iterator[None]:
             raise error
 
 
-def _is_first(training: Training) -> bool:
-    return not isinstance(training, DistributedTraining) or training.rank == 0
-
-
 @contextmanager
-def _processes(training: Training) -> Iterator[dict[str, object]]:
+def _participants(training: TrainingState) -> Iterator[dict[str, object]]:
     """Tell torch.distributed.checkpoint who takes part."""
-    if isinstance(training, DistributedTraining):
+    if training.group is not None:
         yield {"process_group": training.group}
         return
     with warnings.catch_warnings():  # it warns of what it was asked for
