@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from siglip_lib.base.checks import finite
 from siglip_lib.base.offers import why_not_our_kernel
-from siglip_lib.base.operators import operators_of
+from siglip_lib.base.operators import operators_of, register_operator
 
 _LOG2_E = math.log2(math.e)
 _ROWS = 128  # what lse and delta are padded to: no block is larger, so none reads past their end
@@ -485,35 +485,19 @@ def _backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
     return d_qkv
 
 
-_OPERATORS = operators_of(__name__)
-torch.library.define(
-    "siglip_lib::flash_attention",
-    "(Tensor qkv, float scale) -> (Tensor, Tensor)",
-    lib=_OPERATORS,
-)
-torch.library.define(
-    "siglip_lib::flash_attention_backward",
-    "(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
-    lib=_OPERATORS,
-)
-torch.library.impl("siglip_lib::flash_attention", ("CPU", "CUDA"), _forward, lib=_OPERATORS)
-torch.library.impl(
-    "siglip_lib::flash_attention_backward", ("CPU", "CUDA"), _backward, lib=_OPERATORS
-)
-
-
-@torch.library.register_fake("siglip_lib::flash_attention", lib=_OPERATORS)
-def _(qkv, scale):
+def _forward_fake(qkv, scale):
     batch, tokens, _, heads, dim = qkv.shape
-    return (
-        qkv.new_empty(batch, tokens, heads, dim),
-        qkv.new_empty(batch, heads, _padded(tokens), dtype=torch.float32),
-    )
+    lse = qkv.new_empty(batch, heads, _padded(tokens), dtype=torch.float32)
+    return qkv.new_empty(batch, tokens, heads, dim), lse
 
 
-@torch.library.register_fake("siglip_lib::flash_attention_backward", lib=_OPERATORS)
-def _(d_out, qkv, out, lse, scale):
+def _backward_fake(d_out, qkv, out, lse, scale):
     return torch.empty_like(qkv)
+
+
+_OPERATORS = operators_of(__name__)
+register_operator(_OPERATORS, "flash_attention", _forward, _forward_fake)
+register_operator(_OPERATORS, "flash_attention_backward", _backward, _backward_fake)
 
 
 def _keep(ctx, inputs, output) -> None:

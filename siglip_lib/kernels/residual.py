@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from siglip_lib.base.checks import number
 from siglip_lib.base.observers import has_mode
-from siglip_lib.base.operators import operators_of
+from siglip_lib.base.operators import operators_of, register_operator
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = "use x + gamma * branch * keep / keep_prob"
@@ -288,35 +288,20 @@ def _operator(name: str):
     return {"fused_residual": _forward, "fused_residual_backward": _backward}[name]
 
 
-_OPERATORS = operators_of(__name__)
-torch.library.define(
-    "siglip_lib::fused_residual",
-    "(Tensor x, Tensor branch, Tensor? gamma, Tensor? keep, float scale) -> Tensor",
-    lib=_OPERATORS,
-)
-torch.library.define(
-    "siglip_lib::fused_residual_backward",
-    "(Tensor incoming, Tensor? branch, Tensor? gamma, Tensor? keep, float scale, ScalarType dtype,"
-    " bool for_branch, bool for_gamma) -> (Tensor, Tensor)",
-    lib=_OPERATORS,
-)
-torch.library.impl("siglip_lib::fused_residual", ("CPU", "CUDA"), _forward, lib=_OPERATORS)
-torch.library.impl(
-    "siglip_lib::fused_residual_backward", ("CPU", "CUDA"), _backward, lib=_OPERATORS
-)
-
-
-@torch.library.register_fake("siglip_lib::fused_residual", lib=_OPERATORS)
-def _(x, branch, gamma, keep, scale):
+def _forward_fake(x, branch, gamma, keep, scale):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("siglip_lib::fused_residual_backward", lib=_OPERATORS)
-def _(incoming, branch, gamma, keep, scale, dtype, for_branch, for_gamma):
+def _backward_fake(incoming, branch, gamma, keep, scale, dtype, for_branch, for_gamma):
     return (
         incoming.new_empty(incoming.shape if for_branch else 0, dtype=dtype),
         gamma.new_empty(gamma.shape) if for_gamma else incoming.new_empty(0, dtype=torch.float32),
     )
+
+
+_OPERATORS = operators_of(__name__)
+register_operator(_OPERATORS, "fused_residual", _forward, _forward_fake)
+register_operator(_OPERATORS, "fused_residual_backward", _backward, _backward_fake)
 
 
 def _check(

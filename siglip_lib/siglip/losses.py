@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from siglip_lib.base.checks import positive_int
-from siglip_lib.base.operators import operators_of
+from siglip_lib.base.operators import operators_of, register_operator
 from siglip_lib.siglip.loss_block import finished, sigmoid_loss_block, wide_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -157,22 +157,12 @@ def _loss_and_gradients_by_blocks(
     return finished(parts, image, d_image, d_text, scale, with_gradients)
 
 
-_OPERATORS = operators_of(__name__)
-torch.library.define(
-    "siglip_lib::sigmoid_loss",
-    "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, Tensor? text_ids,"
-    " int chunk, bool with_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lib=_OPERATORS,
-)
-torch.library.impl(
-    "siglip_lib::sigmoid_loss", ("CPU", "CUDA"), _loss_and_gradients_by_blocks, lib=_OPERATORS
-)
-
-
-@torch.library.register_fake("siglip_lib::sigmoid_loss", lib=_OPERATORS)
-def _(image, text, logit_scale, logit_bias, image_ids, text_ids, chunk, with_gradients):
+def _fake(image, text, logit_scale, logit_bias, image_ids, text_ids, chunk, with_gradients):
     shapes = ((), image.shape, text.shape, (), ()) if with_gradients else ((),) * 5
     return tuple(image.new_empty(shape, dtype=wide_dtype(image)) for shape in shapes)
+
+
+register_operator(operators_of(__name__), "sigmoid_loss", _loss_and_gradients_by_blocks, _fake)
 
 
 def check_arguments(
