@@ -5,12 +5,14 @@ import math
 import subprocess
 import sys
 import time
+import timeit
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -621,6 +623,7 @@ def test_first_calls_of_many_threads(monkeypatch):
 
 FIRST = """
 import torch
+import torch.nn.functional as F
 from siglip_lib import VisionTransformer
 model = VisionTransformer(16, 8, embed_dim=16, depth=1, num_heads=2, class_token=False, global_pool="map").eval()
 x = torch.randn(2, 3, 16, 16)
@@ -755,3 +758,35 @@ def test_what_torch_func_cannot_transform(pretended_gpu):
     assert next(iter(found)) == "eager"
     for name in ("triton", "flash_attn", "xformers"):
         assert found[name].reason == "its operator can't be transformed by torch.func"
+
+
+# --- what a call costs in Python ---
+
+
+def plain_sdpa(q, k, v):
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2)
+
+
+def cost_ratio(call, plain):
+    """The shortest times of both, measured in turn: what else runs on the machine lengthens the others."""
+    best = [math.inf, math.inf]
+    for _ in range(600):
+        for i, function in enumerate((call, plain)):
+            best[i] = min(best[i], timeit.timeit(function, number=10))
+    return best[0] / best[1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_call_costs_little_more_than_plain_sdpa(packed):
+    qkv = torch.randn(1, 4, 3, 2, 8)
+    q, k, v = qkv.unbind(2)
+    if packed:
+        call, plain = (lambda: attend_packed(qkv, scale=0.3)), lambda: plain_sdpa(*qkv.unbind(2))
+    else:
+        call, plain = (lambda: attend(q, k, v, scale=0.3)), lambda: plain_sdpa(q, k, v)
+    assert torch.equal(call(), plain())
+    ratios = []
+    while not ratios or (ratios[-1] > 1.5 and len(ratios) < 5):
+        ratios.append(cost_ratio(call, plain))
+    assert min(ratios) <= 1.5, ratios

@@ -251,7 +251,42 @@ def _one_block(
     return most, total, o_main, o_rest
 
 
-# --- backward: a pass for dq, then one for dk and dv; no two programs add to one number, so sums never vary ---
+# --- backward: a pass for dq, then one for dk and dv; no two thread blocks add to one element, so sums never vary ---
+#
+# With s = scale * q @ k.T, the scores, and lse = log(sum of exp(s)) of each row, which the forward pass has stored:
+#
+#     p = exp(s - lse)                            the weights, (queries, keys)
+#     dp = d_out @ v.T                            their gradient
+#     delta = sum(p * dp) = sum(out * d_out)      of each row; the second form needs no loop over keys
+#     ds = p * (dp - delta)                       the gradient of s
+#     dv = p.T @ d_out, dq = scale * ds @ k, dk = scale * ds.T @ q
+#
+# In the code s and lse are in base 2: `scale` holds a factor log2(e), and `plain_scale` does not.
+
+
+@triton.jit
+def _load_two(a_rows, b_rows, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
+    """Load the main and rest parts of two tensors' rows: (n, MAIN), and (n, REST) or 0, from pointers (n, 1)."""
+    main = tl.arange(0, MAIN)
+    a_main, b_main = tl.load(a_rows + main[None, :]), tl.load(b_rows + main[None, :])
+    a_rest, b_rest = 0, 0
+    if REST:
+        rest = MAIN + tl.arange(0, REST)
+        real = rest[None, :] < DIM
+        a_rest = tl.load(a_rows + rest[None, :], mask=real, other=0.0)
+        b_rest = tl.load(b_rows + rest[None, :], mask=real, other=0.0)
+    return a_main, a_rest, b_main, b_rest
+
+
+@triton.jit
+def _product(a_main, a_rest, b_main, b_rest, REST: tl.constexpr):
+    """Return ``a @ b.T`` over the channels of both parts."""
+    if REST:  # first, as in the forward pass
+        narrow = tl.dot(a_rest, tl.trans(b_rest), input_precision="ieee")
+        product = tl.dot(a_main, tl.trans(b_main), narrow, input_precision="ieee")
+    else:
+        product = tl.dot(a_main, tl.trans(b_main), input_precision="ieee")
+    return product
 
 
 @triton.jit
@@ -313,25 +348,11 @@ def _some_keys(
     row: tl.constexpr = 3 * HEADS * DIM
     keys = start + tl.arange(0, READ)
     inside = tl.minimum(keys, tokens - 1) if MASKED else keys
-    main = tl.arange(0, MAIN)
     k_rows = k_base + inside[:, None] * row
     v_rows = k_rows + HEADS * DIM
-    k_main, v_main = (
-        tl.load(k_rows + main[None, :]),
-        tl.load(v_rows + main[None, :]),
-    )  # (READ, MAIN)
-    if REST:
-        rest = MAIN + tl.arange(0, REST)
-        real = rest[None, :] < DIM
-        k_rest = tl.load(k_rows + rest[None, :], mask=real, other=0.0)
-        v_rest = tl.load(v_rows + rest[None, :], mask=real, other=0.0)
-        scores = tl.dot(q_rest, tl.trans(k_rest), input_precision="ieee")
-        scores = tl.dot(q_main, tl.trans(k_main), scores, input_precision="ieee")  # (OWN, READ)
-        dp = tl.dot(do_rest, tl.trans(v_rest), input_precision="ieee")
-        dp = tl.dot(do_main, tl.trans(v_main), dp, input_precision="ieee")
-    else:
-        scores = tl.dot(q_main, tl.trans(k_main), input_precision="ieee")
-        dp = tl.dot(do_main, tl.trans(v_main), input_precision="ieee")
+    k_main, k_rest, v_main, v_rest = _load_two(k_rows, v_rows, DIM, MAIN, REST)  # (READ, MAIN)
+    scores = _product(q_main, q_rest, k_main, k_rest, REST)  # (OWN, READ)
+    dp = _product(do_main, do_rest, v_main, v_rest, REST)
     p = tl.exp2(scores * scale - row_lse[:, None])
     ds = p * (dp - row_delta[:, None])
     if MASKED:  # noqa: SIM102
@@ -362,14 +383,12 @@ def _keys_kernel(
     main = tl.arange(0, MAIN)
     k_base = q_base + HEADS * DIM + inside[:, None] * row
     v_base = k_base + HEADS * DIM
-    k_main, v_main = tl.load(k_base + main[None, :]), tl.load(v_base + main[None, :])  # (OWN, MAIN)
+    k_main, k_rest, v_main, v_rest = _load_two(k_base, v_base, DIM, MAIN, REST)  # (OWN, MAIN)
     dk_main, dv_main = tl.zeros([OWN, MAIN], tl.float32), tl.zeros([OWN, MAIN], tl.float32)
-    k_rest, v_rest, dk_rest, dv_rest = 0, 0, 0, 0
+    dk_rest, dv_rest = 0, 0
     if REST:
         rest = MAIN + tl.arange(0, REST)
         real = rest[None, :] < DIM
-        k_rest = tl.load(k_base + rest[None, :], mask=real, other=0.0)
-        v_rest = tl.load(v_base + rest[None, :], mask=real, other=0.0)
         dk_rest, dv_rest = tl.zeros([OWN, REST], tl.float32), tl.zeros([OWN, REST], tl.float32)
 
     for start in range(0, tokens, READ):
@@ -401,25 +420,12 @@ def _some_queries(
     row: tl.constexpr = 3 * HEADS * DIM
     queries = start + tl.arange(0, READ)
     inside = tl.minimum(queries, tokens - 1) if MASKED else queries
-    main = tl.arange(0, MAIN)
     q_rows, do_rows = q_base + inside[:, None] * row, do_base + inside[:, None] * (HEADS * DIM)
-    q_main, do_main = tl.load(q_rows + main[None, :]), tl.load(do_rows + main[None, :])
+    q_main, q_rest, do_main, do_rest = _load_two(q_rows, do_rows, DIM, MAIN, REST)
     # of queries past the end lse is infinite, so that their weights are 0
     row_lse, row_delta = tl.load(lse_base + queries), tl.load(delta_base + queries)
-
-    if REST:
-        rest = MAIN + tl.arange(0, REST)
-        real = rest[None, :] < DIM
-        q_rest = tl.load(q_rows + rest[None, :], mask=real, other=0.0)
-        do_rest = tl.load(do_rows + rest[None, :], mask=real, other=0.0)
-        scores = tl.dot(k_rest, tl.trans(q_rest), input_precision="ieee")
-        scores = tl.dot(k_main, tl.trans(q_main), scores, input_precision="ieee")
-        dp = tl.dot(v_rest, tl.trans(do_rest), input_precision="ieee")
-        dp = tl.dot(v_main, tl.trans(do_main), dp, input_precision="ieee")
-    else:
-        scores = tl.dot(k_main, tl.trans(q_main), input_precision="ieee")
-        dp = tl.dot(v_main, tl.trans(do_main), input_precision="ieee")
-
+    scores = _product(k_main, k_rest, q_main, q_rest, REST)  # (OWN, READ)
+    dp = _product(v_main, v_rest, do_main, do_rest, REST)
     p = tl.exp2(scores * scale - row_lse[None, :])
     ds = (p * (dp - row_delta[None, :])).to(q_main.dtype)
     p = p.to(q_main.dtype)

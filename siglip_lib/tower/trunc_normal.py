@@ -112,11 +112,11 @@ def _draw_by_kernel_(
     generator: torch.Generator | None,
 ) -> None:
     """Fill from where the generator stands, and move it on. Its state is known without waiting for the GPU."""
-    from siglip_lib.kernels.sampler import fill_, shares
+    from siglip_lib.kernels.sampler import launch_trunc_normal_
 
     generator = generator or torch.cuda.default_generators[tensor.device.index]
     start, seed = generator.get_offset(), generator.initial_seed() % 2**63
-    fill_(tensor, mean, std, low, high, shares(*reach), seed, start)
+    launch_trunc_normal_(tensor, mean, std, low, high, *reach, seed, start)
     generator.set_offset(start + 4 * -(-tensor.numel() // 16))  # offsets are multiples of 4
 
 
