@@ -203,7 +203,7 @@ def test_bfloat16_is_refused_where_the_interpreter_is_wrong():
 
 def test_the_assembler_neither_spills_nor_serialises():
     """What costs most is not seen in any result: compiled for a Hopper GPU, on any machine."""
-    script = Path(__file__).with_name("compile_kernels.py")
+    script = Path(__file__).parents[1] / "tools/compile_kernels.py"
     done = subprocess.run(
         [sys.executable, script, "72"], capture_output=True, text=True, check=True
     )

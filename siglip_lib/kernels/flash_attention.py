@@ -1,11 +1,11 @@
 """Flash attention in Triton, forward and backward, on q, k and v as they lie packed in one tensor.
 
-A program owns a block of queries and reads the keys and values block by block. It never holds a row of scores: of each
-row it keeps the largest score so far, m, the sum of exp2(score - m), and the output that these weights give. When a
-block brings a larger m, what was summed before is scaled down by exp2(old m - new m) (the online softmax).
+A thread block (Triton's program) owns a block of queries and reads the keys and values block by block. It never holds a
+row of scores: of each row it keeps the largest score so far, m, the sum of exp2(score - m), and the output that these
+weights give. When a block brings a larger m, the sums so far are scaled by exp2(old m - new m): the online softmax.
 
-A matrix unit's tile is a power of two wide, and SO400M's head has 72 channels. Padding 72 to 128 wastes 44 % of the
-products. Here a head is cut in two, 64 + 16 of which 8 are real: 80 instead of 128.
+A tile in Triton is a power of two wide, and SO400M's head has 72 channels. Padding 72 to 128 wastes 44 % of the
+products of the tensor cores. Here a head is cut in two, 64 + 16 of which 8 are real: 80 instead of 128.
 
 Scores are in base 2: exp2 is one instruction on a GPU; exp is five, as Triton makes it.
 
@@ -36,12 +36,12 @@ class Blocks:
     """How a kernel is cut, and what it may use.
 
     Args:
-        own: rows that a program owns.
+        own: rows that a thread block owns.
         read: rows that it reads at a time.
         warps: its warps, of 32 threads each.
         stages: of the pipeline: how many blocks are on their way while one is computed with.
         registers: limit for a thread, none if None. A multiprocessor has 65,536: at 168 there is room for three
-            programs of 4 warps, at 128 for two of 8.
+            thread blocks of 4 warps, at 128 for two of 8.
     """
 
     own: int
@@ -137,7 +137,7 @@ def flash_attention_of_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> T
 
 @triton.jit
 def _place(tokens, HEADS: tl.constexpr, OWN: tl.constexpr):
-    """Return which block of rows is this program's, and of which pair of sample and head."""
+    """Return which block of rows is this thread block's, and of which pair of sample and head."""
     # neighbours have the same keys and values, so these come out of the L2 cache
     blocks = tl.cdiv(tokens, OWN)
     pair = tl.program_id(0) // blocks
@@ -156,7 +156,7 @@ def _forward_kernel(
     DIM: tl.constexpr,
     MAIN: tl.constexpr,  # the largest power of two in DIM
     REST: tl.constexpr,  # a power of two that holds what is left, or 0
-    OWN: tl.constexpr,  # queries of this program
+    OWN: tl.constexpr,  # queries of this thread block
     READ: tl.constexpr,  # keys at a time
     MASKED: tl.constexpr,  # whether the last block of keys is not a full one
 ):
@@ -171,7 +171,7 @@ def _forward_kernel(
     # rows past the end read the last one and are not stored
     inside = tl.minimum(queries, tokens - 1)
     main = tl.arange(0, MAIN)
-    # (OWN, MAIN), into shared memory, where the matrix unit reads it in each round
+    # (OWN, MAIN), into shared memory, where the tensor cores read it in each round
     q_main = tl.load(q_base + inside[:, None] * row + main[None, :])
     m = tl.full([OWN], float("-inf"), tl.float32)
     total = tl.zeros([OWN, 8], tl.float32)
@@ -244,7 +244,7 @@ def _one_block(
     # eight sums a row, as its columns lie in threads: so each adds what it holds, and none is passed on until the end
     total = total * shrink[:, None] + tl.sum(tl.reshape(p, [OWN, READ // 8, 8]), 1)
     p = p.to(v_main.dtype)
-    # into a fresh sum and then added: scaling the sum itself would stall the matrix unit that fills it
+    # into a fresh sum and then added: scaling the sum itself would stall the tensor cores that fill it
     o_main = o_main * shrink[:, None] + tl.dot(p, v_main, input_precision="ieee")
     if REST:
         o_rest = o_rest * shrink[:, None] + tl.dot(p, v_rest, input_precision="ieee")
@@ -308,7 +308,6 @@ def _queries_kernel(
     o_rows = (sample * tokens * HEADS + head) * DIM + inside[:, None] * (HEADS * DIM)
     q_main, do_main = tl.load(q_rows + main[None, :]), tl.load(d_out + o_rows + main[None, :])
     row_lse = tl.load(lse + pair * padded + queries)
-    # the sum over channels of out * d_out, which the gradients of all of a row's scores have in common
     o_main = tl.load(out + o_rows + main[None, :])
     row_delta = tl.sum(o_main.to(tl.float32) * do_main.to(tl.float32), 1)
     dq_main = tl.zeros([OWN, MAIN], tl.float32)
@@ -421,9 +420,17 @@ def _some_queries(
     queries = start + tl.arange(0, READ)
     inside = tl.minimum(queries, tokens - 1) if MASKED else queries
     q_rows, do_rows = q_base + inside[:, None] * row, do_base + inside[:, None] * (HEADS * DIM)
-    q_main, q_rest, do_main, do_rest = _load_two(q_rows, do_rows, DIM, MAIN, REST)
+    # one by one: _load_two would put lse and delta behind the rest, and change the machine code that was timed
+    main = tl.arange(0, MAIN)
+    q_main, do_main = tl.load(q_rows + main[None, :]), tl.load(do_rows + main[None, :])
     # of queries past the end lse is infinite, so that their weights are 0
     row_lse, row_delta = tl.load(lse_base + queries), tl.load(delta_base + queries)
+    q_rest, do_rest = 0, 0
+    if REST:
+        rest = MAIN + tl.arange(0, REST)
+        real = rest[None, :] < DIM
+        q_rest = tl.load(q_rows + rest[None, :], mask=real, other=0.0)
+        do_rest = tl.load(do_rows + rest[None, :], mask=real, other=0.0)
     scores = _product(k_main, k_rest, q_main, q_rest, REST)  # (OWN, READ)
     dp = _product(v_main, v_rest, do_main, do_rest, REST)
     p = tl.exp2(scores * scale - row_lse[None, :])
@@ -483,7 +490,7 @@ def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    d_out = d_out.contiguous()  # sum().backward() and others give one number, expanded
+    d_out = d_out.contiguous()  # sum().backward() and others give one element, expanded
     delta, d_qkv = torch.empty_like(lse), torch.empty_like(qkv)
     given = (d_out, lse, delta, d_qkv, scale * _LOG2_E, scale)
     _launch("queries", qkv, qkv, out, *given)

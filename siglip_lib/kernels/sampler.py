@@ -155,20 +155,9 @@ def launch_trunc_normal_(
 # else some seeds would have the kernel compiled anew
 @triton.jit(do_not_specialize=["seed", "start"])
 def _kernel(
-    out_ptr,
-    size,
-    seed,
-    start,
-    mean,
-    std,
-    low,
-    high,
-    below,
-    above,
-    inside,
-    middle,
+    out_ptr, size, seed, start, mean, std, low, high, below, above, inside, middle,
     COUNTERS: tl.constexpr,
-):
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * COUNTERS  # there may be more than 2**31 elements
     counter = start + first + tl.arange(0, COUNTERS)
     bits_0, bits_1, bits_2, bits_3 = tl.randint4x(seed, counter, _ROUNDS)
