@@ -61,6 +61,10 @@ def assert_good(qkv, **options):
         assert found[name].dtype == qkv.dtype
 
 
+def test_every_kernel_has_blocks_for_what_is_offered():
+    assert all(tuple(by_dim) == HEAD_DIMS for by_dim in module.BLOCKS.values())
+
+
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_every_head_dim(dim, device):
     assert_good(draw(1, 70, 2, dim, device))
