@@ -239,10 +239,7 @@ def whole(emoji, places, tokenizer):
 
 @pytest.mark.parametrize(
     ("where", "stride", "wanted"),
-    [
-        ("siglip_lib/train/training.py", 3, {"went on", "refused"}),
-        ("optim/adam.py", 61, {"refused"}),
-    ],
+    [("siglip_lib/train/training.py", 3, {"went on", "refused"}), ("optim/adam.py", 61, {"refused"})],
 )
 def test_an_interrupt_anywhere_spoils_nothing_unseen(
     new, whole, tmp_path, where, stride, wanted, monkeypatch
