@@ -146,7 +146,7 @@ def test_autocast_with_qk_norm(backend, device):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_hands_the_backend_views_of_one_packed_tensor(deterministic, monkeypatch):
     given = []
-    eager = backends._BACKENDS["eager"]
+    eager = backends.BACKENDS["eager"]
 
     def run(*arguments):
         given.append(arguments)
@@ -154,8 +154,8 @@ def test_hands_the_backend_views_of_one_packed_tensor(deterministic, monkeypatch
 
     attention = Attention(24, 3, attn_drop=0.25, deterministic=deterministic, backend="eager")
     attention(torch.randn(2, 7, 24))  # the trial has run
-    entry = backends._Backend(run, eager.why_not, eager.operator)
-    monkeypatch.setitem(backends._BACKENDS, "eager", entry)
+    entry = backends.Backend(run, eager.why_not, eager.operator)
+    monkeypatch.setitem(backends.BACKENDS, "eager", entry)
     attention(torch.randn(2, 7, 24))
     [(q, k, v, dropout, scale, flag)] = given
     assert len({x.untyped_storage().data_ptr() for x in (q, k, v)}) == 1

@@ -5,12 +5,14 @@ import math
 import subprocess
 import sys
 import time
+import timeit
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -19,25 +21,25 @@ from torch.autograd import forward_ad
 from siglip_lib import (
     Attention,
     AttentionPoolLatent,
-    BackendStatus,
     VisionTransformer,
     attend,
     attention_backends,
-    backends,
     choose_backend,
 )
-from siglip_lib.backends.dispatch import attend_packed
+from siglip_lib.backends import BackendStatus, attend_packed, dispatch, trials
+from siglip_lib.backends.table import BACKENDS, Backend
 
 NAMES = ("triton", "cudnn", "flash_attn", "sdpa", "xformers", "eager")
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
+EAGER = BACKENDS["eager"]
 
 
 @pytest.fixture(autouse=True)
 def _forget_what_ran():
-    backends._runs.clear()
+    trials.runs.clear()
     yield
-    backends._runs.clear()
+    trials.runs.clear()
 
 
 @pytest.fixture
@@ -47,8 +49,8 @@ def broken_cudnn(monkeypatch):
     def run(*_):
         raise RuntimeError("\nno kernel image\nand much else")
 
-    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
-    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    entry = Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(BACKENDS, "cudnn", entry)
 
 
 @pytest.fixture
@@ -58,10 +60,10 @@ def tried_cudnn(monkeypatch):
 
     def run(*arguments):
         tried.append(arguments)
-        return backends._eager(*arguments)
+        return EAGER.run(*arguments)
 
-    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
-    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    entry = Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(BACKENDS, "cudnn", entry)
     return tried
 
 
@@ -303,20 +305,18 @@ def test_packed_needs_its_shape():
 def test_what_lies_packed(gpu):
     packed = torch.zeros(2, 5, 3, 2, 64, device=gpu)
     q, k, v = packed.unbind(2)
-    assert backends._lie_packed(q, k, v)
-    assert backends._lie_packed(*(x.detach() for x in (q, k, v)))
-    assert not backends._lie_packed(q, v, k)
-    assert not backends._lie_packed(q, k, k)
-    assert not backends._lie_packed(q[:, :3], k[:, :3], v[:, :3])
-    assert not backends._lie_packed(q.clone(), k.clone(), v.clone())
+    assert dispatch._lie_packed(q, k, v)
+    assert dispatch._lie_packed(*(x.detach() for x in (q, k, v)))
+    assert not dispatch._lie_packed(q, v, k)
+    assert not dispatch._lie_packed(q, k, k)
+    assert not dispatch._lie_packed(q[:, :3], k[:, :3], v[:, :3])
+    assert not dispatch._lie_packed(q.clone(), k.clone(), v.clone())
 
 
-def test_what_is_large(gpu):
-    q = torch.empty(1, 1, 1, 1, device=gpu)
-    assert backends._is_large(q.expand(64, 729, 16, 72))
-    assert not backends._is_large(q.expand(8, 729, 16, 72))
-    assert not backends._is_large(q.expand(64, 1024, 16, 72))
-    assert not backends._is_large(torch.empty(64, 729, 16, 72, device="meta"))
+def test_what_is_large():
+    assert dispatch._is_large((64, 729, 16, 72))
+    assert not dispatch._is_large((8, 729, 16, 72))
+    assert not dispatch._is_large((64, 1024, 16, 72))
 
 
 def test_auto_takes_triton_where_it_was_fastest(gpu):
@@ -346,11 +346,11 @@ def test_auto_passes_over_a_backend_that_fails_its_trial(broken_cudnn):
 
 
 def test_auto_tries_none_after_the_first_that_can_run(monkeypatch):
-    entry = backends._Backend(
+    entry = Backend(
         lambda *_: pytest.fail("was tried"), lambda case: pytest.fail("was asked"), lambda *_: ""
     )
     for name in ("xformers", "eager"):
-        monkeypatch.setitem(backends._BACKENDS, name, entry)
+        monkeypatch.setitem(BACKENDS, name, entry)
     assert choose_backend("auto", torch.device("cpu"), torch.float32, 8) == "sdpa"
 
 
@@ -362,8 +362,8 @@ def test_a_trial_without_memory_is_an_error_and_not_remembered(monkeypatch):
             raise torch.OutOfMemoryError("no memory")
         return q
 
-    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
-    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    entry = Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(BACKENDS, "cudnn", entry)
     with pytest.raises(torch.OutOfMemoryError):
         attention_backends("cpu", torch.float32, 8)
     free.append(True)
@@ -391,8 +391,8 @@ def test_forced_and_automatic_choice():
 def test_auto_says_so_when_none_can_run(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("sdpa", "eager"):
-        entry = backends._Backend(None, lambda case: "is switched off", None)
-        monkeypatch.setitem(backends._BACKENDS, name, entry)
+        entry = Backend(None, lambda case: "is switched off", None)
+        monkeypatch.setitem(BACKENDS, name, entry)
     with pytest.raises(ValueError, match="is switched off"):
         choose_backend("auto", torch.device(device), torch.float32, 8)
 
@@ -538,7 +538,7 @@ def test_nothing_is_tried_or_remembered_where_somebody_looks(observer, tried_cud
     with observer() as name:
         assert name == "cudnn"
     assert not tried_cudnn
-    assert not backends._runs
+    assert not trials.runs
     assert choose_backend("auto", torch.device("cpu"), torch.float32, 8) == "cudnn"
     assert len(tried_cudnn) == 1
 
@@ -548,11 +548,11 @@ def test_nothing_is_tried_while_a_graph_is_recorded(tried_cudnn, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choose_backend("auto", torch.device("cpu"), torch.float32, 8) == "cudnn"
     assert not tried_cudnn
-    assert not backends._runs
+    assert not trials.runs
 
 
 def test_eager_and_the_cpus_sdpa_are_never_tried(monkeypatch):
-    monkeypatch.setattr(backends, "_try", lambda *_: pytest.fail("was tried"))
+    monkeypatch.setattr(trials, "_try", lambda *_: pytest.fail("was tried"))
     assert usable("cpu", torch.float32, 8, dropout=0.1) == ["sdpa", "eager"]
     attend(Q, Q, Q)
 
@@ -563,10 +563,10 @@ def test_what_a_trial_met_is_not_a_verdict(monkeypatch):
     def run(*arguments):
         if broken:
             raise broken.pop()
-        return backends._eager(*arguments)
+        return EAGER.run(*arguments)
 
-    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
-    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    entry = Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(BACKENDS, "cudnn", entry)
     with pytest.raises(ValueError, match="backend='cudnn' cannot run here: the weather"):
         attend(Q, Q, Q, backend="cudnn")
     attend(Q, Q, Q, backend="cudnn")
@@ -579,11 +579,11 @@ def test_want_of_memory_by_any_name_is_an_error(error, monkeypatch):
     def run(*_):
         raise error
 
-    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
-    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    entry = Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(BACKENDS, "cudnn", entry)
     with pytest.raises(RuntimeError, match=str(error)):
         choose_backend("auto", torch.device("cpu"), torch.float32, 8)
-    assert not backends._runs
+    assert not trials.runs
 
 
 def test_auto_does_not_try_again_what_it_passed_over(monkeypatch):
@@ -593,8 +593,8 @@ def test_auto_does_not_try_again_what_it_passed_over(monkeypatch):
         tried.append(1)
         raise RuntimeError("no kernel image")
 
-    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
-    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    entry = Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(BACKENDS, "cudnn", entry)
     for _ in range(3):
         assert choose_backend("auto", torch.device("cpu"), torch.float32, 8) == "sdpa"
     assert len(tried) == 1
@@ -609,10 +609,10 @@ def test_first_calls_of_many_threads(monkeypatch):
         assert len(inside) == 1
         inside.clear()
         warnings.warn("said while trying", stacklevel=1)
-        return backends._eager(*arguments)
+        return EAGER.run(*arguments)
 
-    entry = backends._Backend(run, lambda case: None, lambda *_: "cuDNN")
-    monkeypatch.setitem(backends._BACKENDS, "cudnn", entry)
+    entry = Backend(run, lambda case: None, lambda *_: "cuDNN")
+    monkeypatch.setitem(BACKENDS, "cudnn", entry)
     filters = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:
         cpu, dims = torch.device("cpu"), [8, 16, 24, 32] * 4
@@ -623,6 +623,7 @@ def test_first_calls_of_many_threads(monkeypatch):
 
 FIRST = """
 import torch
+import torch.nn.functional as F
 from siglip_lib import VisionTransformer
 model = VisionTransformer(16, 8, embed_dim=16, depth=1, num_heads=2, class_token=False, global_pool="map").eval()
 x = torch.randn(2, 3, 16, 16)
@@ -681,7 +682,7 @@ def test_fake_tensors(device):
         for out in (attend_packed(packed), attend(*packed.unbind(2))):
             assert out.shape == (64, 729, 16, 72)
             assert out.device.type == device
-    assert not backends._runs
+    assert not trials.runs
 
 
 # --- scales, and many tokens ---
@@ -704,10 +705,9 @@ def test_any_finite_scale(scale, dtype, device):
 
 def test_no_kernel_is_given_a_scale_of_0_or_less(monkeypatch):
     given = []
-    eager = backends._BACKENDS["eager"]
-    run = lambda *arguments: given.append(arguments[4]) or eager.run(*arguments)  # noqa: E731
-    entry = backends._Backend(run, eager.why_not, eager.operator, sure=eager.sure)
-    monkeypatch.setitem(backends._BACKENDS, "eager", entry)
+    run = lambda *arguments: given.append(arguments[4]) or EAGER.run(*arguments)  # noqa: E731
+    entry = Backend(run, EAGER.why_not, EAGER.operator, sure=EAGER.sure)
+    monkeypatch.setitem(BACKENDS, "eager", entry)
     q = Q.clone().requires_grad_()
     for scale in (-0.5, 0.0, 2):
         out = attend(q, Q, Q, backend="eager", scale=scale)
@@ -758,3 +758,35 @@ def test_what_torch_func_cannot_transform(pretended_gpu):
     assert next(iter(found)) == "eager"
     for name in ("triton", "flash_attn", "xformers"):
         assert found[name].reason == "its operator can't be transformed by torch.func"
+
+
+# --- what a call costs in Python ---
+
+
+def plain_sdpa(q, k, v):
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2)
+
+
+def cost_ratio(call, plain):
+    """The shortest times of both, measured in turn: what else runs on the machine lengthens the others."""
+    best = [math.inf, math.inf]
+    for _ in range(600):
+        for i, function in enumerate((call, plain)):
+            best[i] = min(best[i], timeit.timeit(function, number=10))
+    return best[0] / best[1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_call_costs_little_more_than_plain_sdpa(packed):
+    qkv = torch.randn(1, 4, 3, 2, 8)
+    q, k, v = qkv.unbind(2)
+    if packed:
+        call, plain = (lambda: attend_packed(qkv, scale=0.3)), lambda: plain_sdpa(*qkv.unbind(2))
+    else:
+        call, plain = (lambda: attend(q, k, v, scale=0.3)), lambda: plain_sdpa(q, k, v)
+    assert torch.equal(call(), plain())
+    ratios = []
+    while not ratios or (ratios[-1] > 1.5 and len(ratios) < 5):
+        ratios.append(cost_ratio(call, plain))
+    assert min(ratios) <= 1.5, ratios

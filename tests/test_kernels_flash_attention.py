@@ -61,6 +61,10 @@ def assert_good(qkv, **options):
         assert found[name].dtype == qkv.dtype
 
 
+def test_every_kernel_has_blocks_for_what_is_offered():
+    assert all(tuple(by_dim) == HEAD_DIMS for by_dim in module.BLOCKS.values())
+
+
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_every_head_dim(dim, device):
     assert_good(draw(1, 70, 2, dim, device))
@@ -203,7 +207,7 @@ def test_bfloat16_is_refused_where_the_interpreter_is_wrong():
 
 def test_the_assembler_neither_spills_nor_serialises():
     """What costs most is not seen in any result: compiled for a Hopper GPU, on any machine."""
-    script = Path(__file__).with_name("compile_kernels.py")
+    script = Path(__file__).parents[1] / "tools/compile_kernels.py"
     done = subprocess.run(
         [sys.executable, script, "72"], capture_output=True, text=True, check=True
     )

@@ -282,8 +282,9 @@ def test_compiled_in_one_graph(with_gamma, with_keep, device):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, None])
 @pytest.mark.parametrize("for_gamma", [True, False])
-def test_operators_are_described_rightly(for_gamma, device):
+def test_operators_are_described_rightly(for_gamma, dtype, device):
     tensors = draw((2, 3, 100), torch.float32, device)
     x, branch, gamma, keep = (t.detach() for t in tensors)
     checks = ("test_schema", "test_faketensor")
@@ -293,7 +294,7 @@ def test_operators_are_described_rightly(for_gamma, device):
     )
     torch.library.opcheck(
         operators.fused_residual_backward,
-        (x, branch if for_gamma else None, gamma, keep, 0.7, torch.float16, True, for_gamma),
+        (x, branch if for_gamma else None, gamma, keep, 0.7, dtype),
         test_utils=checks,
     )
 

@@ -126,7 +126,7 @@ def test_inverse_on_given_bits(alpha, beta, device):
     # bits are read with a sign, 0 in the middle
     bits = torch.from_numpy((numbers - 2**31).astype(np.int32)).to(device)
     out = torch.empty(len(bits), device=device)
-    _of_given_bits[(16,)](bits, out, *sampler.shares(alpha, beta), size=len(bits) // 16)
+    _of_given_bits[(16,)](bits, out, *sampler.normal_masses(alpha, beta), size=len(bits) // 16)
 
     # u and 1 - u exactly, in float64's 53 bits; then Phi from the nearer end or the middle
     u, v = ((n + 0.5) / 2**32 for n in (numbers, 2**32 - 1 - numbers))
@@ -149,7 +149,7 @@ def test_inverse_on_given_bits(alpha, beta, device):
 def test_extreme_draws(device):
     bits = torch.tensor([-(2**31), 2**31 - 1, 0, -1], dtype=torch.int32, device=device)
     out = torch.empty(4, device=device)
-    _of_given_bits[(1,)](bits, out, *sampler.shares(-INF, INF), size=4)
+    _of_given_bits[(1,)](bits, out, *sampler.normal_masses(-INF, INF), size=4)
     exact = [special.ndtri(2.0**-33), -special.ndtri(2.0**-33)]
     exact += [2.0**-33 * math.sqrt(2 * math.pi), -(2.0**-33) * math.sqrt(2 * math.pi)]
     torch.testing.assert_close(out.double().cpu(), torch.tensor(exact).double(), rtol=5e-7, atol=0)
@@ -162,7 +162,7 @@ def test_philox_of_known_numbers(device):
         [n - 2**32 * (n >= 2**31) for n in answer], dtype=torch.int32, device=device
     )
     out = torch.empty(4, device=device)
-    _of_given_bits[(1,)](bits, out, *sampler.shares(-2, 2), size=4)
+    _of_given_bits[(1,)](bits, out, *sampler.normal_masses(-2, 2), size=4)
     found = draw(4, torch.float32, device, seed=0)
     torch.testing.assert_close(found, out, rtol=1e-6, atol=0)  # the second is scaled as well
 
@@ -173,7 +173,7 @@ def test_the_draws_do_not_depend_on_how_they_are_split(dtype, device):
     for counters in (64, 1024, 2048):
         x = torch.empty_like(expected)
         low, high = sampler.inner_bounds(-2.0, 2.0, dtype)
-        sampler.fill_(x, 0.0, 1.0, low, high, sampler.shares(-2, 2), 1, counters=counters)
+        sampler.launch_trunc_normal_(x, 0.0, 1.0, low, high, -2, 2, 1, counters=counters)
         assert torch.equal(x, expected)
     # nor on the size, nor on the shape
     assert torch.equal(draw(777, dtype, device), expected[:777])

@@ -29,7 +29,7 @@ from siglip_lib import (
     create_siglip_vit,
     save_weights,
 )
-from siglip_lib.backends import table as backends
+from siglip_lib.backends.trials import runs
 from siglip_lib.base.interval import inner_bounds
 from siglip_lib.tower import vision_transformer
 
@@ -426,7 +426,7 @@ def test_recomputes_as_many_blocks_as_it_says(layers):
 
 
 def test_the_first_thing_of_a_process_may_be_recomputed():
-    backends._runs.clear()  # the trial of the backends then runs inside the checkpoint
+    runs.clear()  # the trial of the backends then runs inside the checkpoint
     assert training_step(small(num_recomputing_layers=2), pictures())[1] == [2, 2]
 
 

@@ -2,8 +2,8 @@
 
 python tools/compile_kernels.py [HEAD_DIM ...]
 
-For each kernel and head_dim: registers of a thread, bytes spilled to memory, shared memory of a program, and whether
-the matrix unit's instructions (wgmma) had to be run one by one. That is what costs most, and nothing but this tells.
+For each kernel and head_dim: registers of a thread, bytes spilled to memory, shared memory of a thread block, and
+whether the tensor cores' instructions (wgmma) had to be run one by one. That costs most, and nothing else shows it.
 """
 
 import argparse
@@ -28,10 +28,8 @@ KERNELS = {
     "queries": module._queries_kernel,
     "keys": module._keys_kernel,
 }
-FLOAT32_POINTERS, NUMBERS = (
-    ("lse", "delta"),
-    {"scale": "fp32", "plain_scale": "fp32", "tokens": "i32", "padded": "i32"},
-)
+FLOAT32_POINTERS = ("lse", "delta")
+NUMBERS = {"scale": "fp32", "plain_scale": "fp32", "tokens": "i32", "padded": "i32"}
 
 
 def main() -> None:

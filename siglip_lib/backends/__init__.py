@@ -1,14 +1,13 @@
 """Attention by whichever library can run here, and the reasons why others can't."""
 
 from siglip_lib.backends.dispatch import (
-    LARGE,
-    LONG,
     attend,
     attend_packed,
     attention_backends,
     choose_backend,
 )
-from siglip_lib.backends.table import BackendStatus
+from siglip_lib.backends.table import LARGE, LONG
+from siglip_lib.backends.trials import BackendStatus
 
 __all__ = [
     "LARGE",

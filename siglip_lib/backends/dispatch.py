@@ -1,20 +1,22 @@
-"""Attention backends: which can run here, why the others can't, and one function that calls any of them."""
+"""Attention by any backend, and the choice of the one that runs."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from siglip_lib.backends.table import (
-    _BACKENDS,
-    BackendStatus,
-    _Case,
-    _imported,
-    _runs,
-    _status,
-    _why_not,
+    BACKENDS,
+    LARGE,
+    LONG,
+    AttentionCase,
+    imported,
+    preferred,
+    reduced_case,
 )
+from siglip_lib.backends.trials import BackendStatus, remembered, runs, status, why_not
 from siglip_lib.base.checks import finite, plain_shape, positive_int, probability
 from siglip_lib.base.observers import is_transformed
-from siglip_lib.base.offers import TRITON_MAX_TOKENS
 
 
 def attention_backends(
@@ -52,51 +54,90 @@ def attention_backends(
     Returns:
         A status for each of ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers`` and ``eager``.
     """
-    case = _case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale)
-    return {name: _status(name, case) for name in _order(case)}
+    case = _checked_case(
+        device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale
+    )
+    return {name: status(name, case) for name in preferred(case)}
 
 
-def _case(
+def _constant_when_compiled(choice: Callable[..., str]) -> Callable[..., str]:
+    # What torch.compiler.assume_constant_result sets, without the import of the whole compiler that it costs: a
+    # compiled model takes the choice as a constant and does not trace the trial runs.
+    choice._dynamo_marked_constant = True
+    return choice
+
+
+@_constant_when_compiled
+def choose_backend(
+    backend: str,
     device: torch.device | str,
     dtype: torch.dtype,
     head_dim: int,
-    dropout: float,
-    deterministic: bool,
-    tokens: int,
-    packed: bool,
-    large: bool,
-    scale: float,
-) -> _Case:
-    """Check what was given, and keep of it what decides: each of few cases is tried once."""
+    dropout: float = 0.0,
+    deterministic: bool = False,
+    *,
+    tokens: int = 16,
+    packed: bool = True,
+    large: bool = True,
+    scale: float = 1.0,
+) -> str:
+    """Return the name of the backend that will run; a forced one that cannot is a ValueError that says why.
+
+    The arguments are those of ``attention_backends``.
+    """
+    check_backend_name(backend)
+    case = _checked_case(
+        device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale
+    )
+    return _choose(backend, *case)
+
+
+def _checked_case(
+    device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale
+) -> AttentionCase:
     head_dim, tokens = positive_int("head_dim", head_dim), positive_int("tokens", tokens)
-    dropout = 0.1 if probability("dropout", dropout) else 0.0
-    tokens = _deciding_tokens(tokens)
-    scale = 1.0 if finite("scale", scale) > 0 else 0.0
+    dropout, scale = probability("dropout", dropout), finite("scale", scale)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype={dtype!r} must be a torch.dtype")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    transformed = is_transformed()
-    return _Case(
-        device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale, transformed
+    return AttentionCase(
+        *reduced_case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale)
     )
 
 
-def _deciding_tokens(tokens: int) -> int:
-    """One number for all counts of tokens between which no backend decides."""
-    # an if makes a constant of it where compiled code knows a size by its symbol alone
-    if tokens > TRITON_MAX_TOKENS:
-        return TRITON_MAX_TOKENS + 1
-    return 1 if tokens == 1 else 16
+@_constant_when_compiled
+def _choose(backend: str, *case) -> str:
+    """Return the backend that runs a ``reduced_case``, whose fields come one by one: compiled code takes no tuple."""
+    if name := remembered(backend, case):
+        return name
+    check_backend_name(backend)
+    case = AttentionCase(*case)
+    if backend == "auto":
+        # none after the first usable one is tried, or its package imported
+        for name in preferred(case):
+            if why_not(name, case) is None:
+                if remembered(name, case):
+                    runs["auto", case] = name
+                return name
+        reason = why_not("eager", case)
+        raise ValueError(
+            f"no backend can run on {case.device} in {case.dtype}: eager says {reason}"
+        )
+    if reason := why_not(backend, case):
+        usable = ["auto", *(name for name in preferred(case) if why_not(name, case) is None)]
+        raise ValueError(
+            f"backend={backend!r} cannot run here: {reason}. Usable: {', '.join(usable)}"
+        )
+    return backend
 
 
-def _order(case: _Case) -> list[str]:
-    """The names as ``auto`` prefers them. See ``_BACKENDS`` for the figures."""
-    first = "triton" if case.large and case.head_dim in _TRITON_FIRST else "cudnn"
-    if case.transformed:
-        first = "eager"  # no fused kernel has forward-mode or second derivatives
-    return sorted(_BACKENDS, key=lambda name: name != first)
+def check_backend_name(backend: str) -> str:
+    """Return ``backend`` if it is the name of one, or ``auto``."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; allowed are auto, {', '.join(BACKENDS)}")
+    return backend
 
 
 def attend(
@@ -131,25 +172,33 @@ def attend(
 
     Source: Vaswani et al., Attention Is All You Need (2017), section 3.2.1.
     """
-    shapes = [plain_shape(x) for x in (q, k, v)]
-    of_q, of_k, of_v = shapes
-    if (
-        len(of_q) != 4
-        or len(of_k) != 4
-        or of_k != of_v
-        or of_q[::2] != of_k[::2]
-        or of_q[3] != of_k[3]
+    if torch._C._get_tracing_state():
+        of_q, of_k, of_v = plain_shape(q), plain_shape(k), plain_shape(v)
+    else:
+        of_q, of_k, of_v = q.shape, k.shape, v.shape
+    if not (len(of_q) == len(of_k) == 4 and of_k == of_v) or (
+        of_q != of_k and (of_q[0] != of_k[0] or of_q[2:] != of_k[2:])
     ):
         raise ValueError(
-            f"q, k, v have shapes {of_q}, {of_k}, {of_v}; all must be (B, N, heads, head_dim)"
+            f"q, k, v have shapes {tuple(of_q)}, {tuple(of_k)}, {tuple(of_v)};"
+            " all must be (B, N, heads, head_dim)"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be the same"
         )
-    scale = finite("scale", of_q[3] ** -0.5 if scale is None else scale)
-    name = _chosen(q, k, backend, dropout, deterministic, scale, _lie_packed(q, k, v))
-    return _run(name, q, k, v, dropout, scale, deterministic)
+    dim = int(of_q[3])  # a constant also in compiled code that knows sizes by symbols
+    scale = dim**-0.5 if scale is None else finite("scale", scale)
+    if dropout or type(dropout) is not float:  # 0.0 needs no check
+        dropout = probability("dropout", dropout)
+    packed, large = (_lie_packed(q, k, v), _is_large(of_q)) if q.is_cuda else (False, False)
+    case = reduced_case(
+        q.device, q.dtype, dim, dropout, deterministic, of_k[1], packed, large, scale
+    )
+    name = _choose(backend, *case)
+    if scale <= 0:
+        q, scale = _above_zero(q, scale)
+    return BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
 
 
 def attend_packed(
@@ -181,43 +230,31 @@ def attend_packed(
     if len(shape) != 5 or shape[2] != 3:
         raise ValueError(f"qkv has shape {shape}; it must be (B, N, 3, heads, head_dim)")
     q, k, v = qkv.unbind(2)
-    scale = finite("scale", shape[-1] ** -0.5 if scale is None else scale)
-    name = _chosen(q, k, backend, dropout, deterministic, scale, qkv.is_contiguous())
-    if name == "triton":
-        return _imported["siglip_lib.kernels.flash_attention"].flash_attention(qkv, scale)
-    return _run(name, q, k, v, dropout, scale, deterministic)
-
-
-def _chosen(
-    q: Tensor,
-    k: Tensor,
-    backend: str,
-    dropout: float,
-    deterministic: bool,
-    scale: float,
-    packed: bool,
-) -> str:
-    # numbers that are constants also in compiled code that knows sizes and floats by symbols
-    return choose_backend(
-        backend,
-        q.device,
-        q.dtype,
-        int(plain_shape(q)[3]),
-        0.1 if probability("dropout", dropout) else 0.0,
-        deterministic,
-        tokens=_deciding_tokens(plain_shape(k)[1]),
-        packed=packed,
-        large=_is_large(q),
-        scale=1.0 if scale > 0 else 0.0,
+    dim = int(shape[4])
+    scale = dim**-0.5 if scale is None else finite("scale", scale)
+    if dropout or type(dropout) is not float:
+        dropout = probability("dropout", dropout)
+    large = _is_large(plain_shape(q)) if q.is_cuda else False
+    case = reduced_case(
+        q.device, q.dtype, dim, dropout, deterministic, shape[1], qkv.is_contiguous(), large, scale
     )
+    name = _choose(backend, *case)
+    if name == "triton":
+        return imported["siglip_lib.kernels.flash_attention"].flash_attention(qkv, scale)
+    if scale <= 0:
+        q, scale = _above_zero(q, scale)
+    return BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
 
 
-def _run(
-    name: str, q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float, deterministic: bool
-) -> Tensor:
-    if scale <= 0:  # the kernels look for the largest score before they scale it
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    return _BACKENDS[name].run(q, k, v, dropout, scale, deterministic)
+def _above_zero(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Return others of the same product, scale above 0: kernels look for the largest score before they scale it."""
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
+
+
+def _is_large(shape: tuple[int, ...]) -> bool:
+    batch, tokens, heads, dim = shape
+    large = 4 * batch * heads * tokens * tokens * dim >= LARGE and tokens < LONG
+    return True if large else False  # noqa: SIM210  a constant where compiled code knows sizes by symbols
 
 
 def _lie_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -234,78 +271,3 @@ def _lie_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and k.data_ptr() - q.data_ptr() == step
         and v.data_ptr() - k.data_ptr() == step
     )
-
-
-def _is_large(q: Tensor) -> bool:
-    batch, tokens, heads, dim = plain_shape(q)
-    if 4 * batch * heads * tokens * tokens * dim >= LARGE and tokens < LONG:
-        return q.is_cuda
-    return False
-
-
-def choose_backend(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    dropout: float = 0.0,
-    deterministic: bool = False,
-    *,
-    tokens: int = 16,
-    packed: bool = True,
-    large: bool = True,
-    scale: float = 1.0,
-) -> str:
-    """Return the name of the backend that will run; a forced one that cannot is a ValueError that says why.
-
-    The arguments are those of ``attention_backends``.
-    """
-    check_backend_name(backend)
-    case = _case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale)
-    if name := _runs.get((backend, case)):
-        return name
-    if backend == "auto":
-        # none after the first usable one is tried, or its package imported
-        for name in _order(case):
-            if _why_not(name, case) is None:
-                if (name, case) in _runs:
-                    _runs["auto", case] = name
-                return name
-        reason = _why_not("eager", case)
-        raise ValueError(f"no backend can run on {device} in {dtype}: eager says {reason}")
-    if reason := _why_not(backend, case):
-        usable = ["auto", *(name for name in _order(case) if _why_not(name, case) is None)]
-        raise ValueError(
-            f"backend={backend!r} cannot run here: {reason}. Usable: {', '.join(usable)}"
-        )
-    return backend
-
-
-# What torch.compiler.assume_constant_result sets, without the import of the whole compiler that it costs: a compiled
-# model takes the choice as a constant and does not trace the trial runs.
-choose_backend._dynamo_marked_constant = True
-
-
-def check_backend_name(backend: str) -> str:
-    """Return ``backend`` if it is the name of one, or ``auto``."""
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(
-            f"backend={backend!r} is unknown; allowed are auto, {', '.join(_BACKENDS)}"
-        )
-    return backend
-
-
-# --- the calls: q, k, v (B, N, heads, head_dim) -> (B, N, heads, head_dim) ---
-
-
-# --- the reasons: None if the backend may run, before it is tried ---
-
-
-# --- the operators: what would run, as text ---
-
-
-# On an H200 triton is ahead of cuDNN at 64 times 729 tokens and these head_dims, by 0 to 8 % forward and 9 to 13 % with
-# backward; from 1024 tokens on it is up to 6 % behind forward, and small work waits for Python to launch it.
-LARGE = 40e9  # FLOP forward, a quarter of what one layer of SO400M takes for 64 pictures
-LONG = 1024  # tokens
-_TRITON_FIRST = (64, 72, 80)

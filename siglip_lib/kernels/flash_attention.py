@@ -1,11 +1,11 @@
 """Flash attention in Triton, forward and backward, on q, k and v as they lie packed in one tensor.
 
-A program owns a block of queries and reads the keys and values block by block. It never holds a row of scores: of each
-row it keeps the largest score so far, m, the sum of exp2(score - m), and the output that these weights give. When a
-block brings a larger m, what was summed before is scaled down by exp2(old m - new m) (the online softmax).
+A thread block (Triton's program) owns a block of queries and reads the keys and values block by block. It never holds a
+row of scores: of each row it keeps the largest score so far, m, the sum of exp2(score - m), and the output that these
+weights give. When a block brings a larger m, the sums so far are scaled by exp2(old m - new m): the online softmax.
 
-A matrix unit's tile is a power of two wide, and SO400M's head has 72 channels. Padding 72 to 128 wastes 44 % of the
-products. Here a head is cut in two, 64 + 16 of which 8 are real: 80 instead of 128.
+A tile in Triton is a power of two wide, and SO400M's head has 72 channels. Padding 72 to 128 wastes 44 % of the
+products of the tensor cores. Here a head is cut in two, 64 + 16 of which 8 are real: 80 instead of 128.
 
 Scores are in base 2: exp2 is one instruction on a GPU; exp is five, as Triton makes it.
 
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from siglip_lib.base.checks import finite
 from siglip_lib.base.offers import why_not_our_kernel
-from siglip_lib.base.operators import operators_of
+from siglip_lib.base.operators import operators_of, register_operator
 
 _LOG2_E = math.log2(math.e)
 _ROWS = 128  # what lse and delta are padded to: no block is larger, so none reads past their end
@@ -36,12 +36,12 @@ class Blocks:
     """How a kernel is cut, and what it may use.
 
     Args:
-        own: rows that a program owns.
+        own: rows that a thread block owns.
         read: rows that it reads at a time.
         warps: its warps, of 32 threads each.
         stages: of the pipeline: how many blocks are on their way while one is computed with.
         registers: limit for a thread, none if None. A multiprocessor has 65,536: at 168 there is room for three
-            programs of 4 warps, at 128 for two of 8.
+            thread blocks of 4 warps, at 128 for two of 8.
     """
 
     own: int
@@ -137,7 +137,7 @@ def flash_attention_of_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> T
 
 @triton.jit
 def _place(tokens, HEADS: tl.constexpr, OWN: tl.constexpr):
-    """Return which block of rows is this program's, and of which pair of sample and head."""
+    """Return which block of rows is this thread block's, and of which pair of sample and head."""
     # neighbours have the same keys and values, so these come out of the L2 cache
     blocks = tl.cdiv(tokens, OWN)
     pair = tl.program_id(0) // blocks
@@ -156,7 +156,7 @@ def _forward_kernel(
     DIM: tl.constexpr,
     MAIN: tl.constexpr,  # the largest power of two in DIM
     REST: tl.constexpr,  # a power of two that holds what is left, or 0
-    OWN: tl.constexpr,  # queries of this program
+    OWN: tl.constexpr,  # queries of this thread block
     READ: tl.constexpr,  # keys at a time
     MASKED: tl.constexpr,  # whether the last block of keys is not a full one
 ):
@@ -171,7 +171,7 @@ def _forward_kernel(
     # rows past the end read the last one and are not stored
     inside = tl.minimum(queries, tokens - 1)
     main = tl.arange(0, MAIN)
-    # (OWN, MAIN), into shared memory, where the matrix unit reads it in each round
+    # (OWN, MAIN), into shared memory, where the tensor cores read it in each round
     q_main = tl.load(q_base + inside[:, None] * row + main[None, :])
     m = tl.full([OWN], float("-inf"), tl.float32)
     total = tl.zeros([OWN, 8], tl.float32)
@@ -244,14 +244,49 @@ def _one_block(
     # eight sums a row, as its columns lie in threads: so each adds what it holds, and none is passed on until the end
     total = total * shrink[:, None] + tl.sum(tl.reshape(p, [OWN, READ // 8, 8]), 1)
     p = p.to(v_main.dtype)
-    # into a fresh sum and then added: scaling the sum itself would stall the matrix unit that fills it
+    # into a fresh sum and then added: scaling the sum itself would stall the tensor cores that fill it
     o_main = o_main * shrink[:, None] + tl.dot(p, v_main, input_precision="ieee")
     if REST:
         o_rest = o_rest * shrink[:, None] + tl.dot(p, v_rest, input_precision="ieee")
     return most, total, o_main, o_rest
 
 
-# --- backward: a pass for dq, then one for dk and dv; no two programs add to one number, so sums never vary ---
+# --- backward: a pass for dq, then one for dk and dv; no two thread blocks add to one element, so sums never vary ---
+#
+# With s = scale * q @ k.T, the scores, and lse = log(sum of exp(s)) of each row, which the forward pass has stored:
+#
+#     p = exp(s - lse)                            the weights, (queries, keys)
+#     dp = d_out @ v.T                            their gradient
+#     delta = sum(p * dp) = sum(out * d_out)      of each row; the second form needs no loop over keys
+#     ds = p * (dp - delta)                       the gradient of s
+#     dv = p.T @ d_out, dq = scale * ds @ k, dk = scale * ds.T @ q
+#
+# In the code s and lse are in base 2: `scale` holds a factor log2(e), and `plain_scale` does not.
+
+
+@triton.jit
+def _load_two(a_rows, b_rows, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
+    """Load the main and rest parts of two tensors' rows: (n, MAIN), and (n, REST) or 0, from pointers (n, 1)."""
+    main = tl.arange(0, MAIN)
+    a_main, b_main = tl.load(a_rows + main[None, :]), tl.load(b_rows + main[None, :])
+    a_rest, b_rest = 0, 0
+    if REST:
+        rest = MAIN + tl.arange(0, REST)
+        real = rest[None, :] < DIM
+        a_rest = tl.load(a_rows + rest[None, :], mask=real, other=0.0)
+        b_rest = tl.load(b_rows + rest[None, :], mask=real, other=0.0)
+    return a_main, a_rest, b_main, b_rest
+
+
+@triton.jit
+def _product(a_main, a_rest, b_main, b_rest, REST: tl.constexpr):
+    """Return ``a @ b.T`` over the channels of both parts."""
+    if REST:  # first, as in the forward pass
+        narrow = tl.dot(a_rest, tl.trans(b_rest), input_precision="ieee")
+        product = tl.dot(a_main, tl.trans(b_main), narrow, input_precision="ieee")
+    else:
+        product = tl.dot(a_main, tl.trans(b_main), input_precision="ieee")
+    return product
 
 
 @triton.jit
@@ -273,7 +308,6 @@ def _queries_kernel(
     o_rows = (sample * tokens * HEADS + head) * DIM + inside[:, None] * (HEADS * DIM)
     q_main, do_main = tl.load(q_rows + main[None, :]), tl.load(d_out + o_rows + main[None, :])
     row_lse = tl.load(lse + pair * padded + queries)
-    # the sum over channels of out * d_out, which the gradients of all of a row's scores have in common
     o_main = tl.load(out + o_rows + main[None, :])
     row_delta = tl.sum(o_main.to(tl.float32) * do_main.to(tl.float32), 1)
     dq_main = tl.zeros([OWN, MAIN], tl.float32)
@@ -313,25 +347,11 @@ def _some_keys(
     row: tl.constexpr = 3 * HEADS * DIM
     keys = start + tl.arange(0, READ)
     inside = tl.minimum(keys, tokens - 1) if MASKED else keys
-    main = tl.arange(0, MAIN)
     k_rows = k_base + inside[:, None] * row
     v_rows = k_rows + HEADS * DIM
-    k_main, v_main = (
-        tl.load(k_rows + main[None, :]),
-        tl.load(v_rows + main[None, :]),
-    )  # (READ, MAIN)
-    if REST:
-        rest = MAIN + tl.arange(0, REST)
-        real = rest[None, :] < DIM
-        k_rest = tl.load(k_rows + rest[None, :], mask=real, other=0.0)
-        v_rest = tl.load(v_rows + rest[None, :], mask=real, other=0.0)
-        scores = tl.dot(q_rest, tl.trans(k_rest), input_precision="ieee")
-        scores = tl.dot(q_main, tl.trans(k_main), scores, input_precision="ieee")  # (OWN, READ)
-        dp = tl.dot(do_rest, tl.trans(v_rest), input_precision="ieee")
-        dp = tl.dot(do_main, tl.trans(v_main), dp, input_precision="ieee")
-    else:
-        scores = tl.dot(q_main, tl.trans(k_main), input_precision="ieee")
-        dp = tl.dot(do_main, tl.trans(v_main), input_precision="ieee")
+    k_main, k_rest, v_main, v_rest = _load_two(k_rows, v_rows, DIM, MAIN, REST)  # (READ, MAIN)
+    scores = _product(q_main, q_rest, k_main, k_rest, REST)  # (OWN, READ)
+    dp = _product(do_main, do_rest, v_main, v_rest, REST)
     p = tl.exp2(scores * scale - row_lse[:, None])
     ds = p * (dp - row_delta[:, None])
     if MASKED:  # noqa: SIM102
@@ -362,14 +382,12 @@ def _keys_kernel(
     main = tl.arange(0, MAIN)
     k_base = q_base + HEADS * DIM + inside[:, None] * row
     v_base = k_base + HEADS * DIM
-    k_main, v_main = tl.load(k_base + main[None, :]), tl.load(v_base + main[None, :])  # (OWN, MAIN)
+    k_main, k_rest, v_main, v_rest = _load_two(k_base, v_base, DIM, MAIN, REST)  # (OWN, MAIN)
     dk_main, dv_main = tl.zeros([OWN, MAIN], tl.float32), tl.zeros([OWN, MAIN], tl.float32)
-    k_rest, v_rest, dk_rest, dv_rest = 0, 0, 0, 0
+    dk_rest, dv_rest = 0, 0
     if REST:
         rest = MAIN + tl.arange(0, REST)
         real = rest[None, :] < DIM
-        k_rest = tl.load(k_base + rest[None, :], mask=real, other=0.0)
-        v_rest = tl.load(v_base + rest[None, :], mask=real, other=0.0)
         dk_rest, dv_rest = tl.zeros([OWN, REST], tl.float32), tl.zeros([OWN, REST], tl.float32)
 
     for start in range(0, tokens, READ):
@@ -401,25 +419,20 @@ def _some_queries(
     row: tl.constexpr = 3 * HEADS * DIM
     queries = start + tl.arange(0, READ)
     inside = tl.minimum(queries, tokens - 1) if MASKED else queries
-    main = tl.arange(0, MAIN)
     q_rows, do_rows = q_base + inside[:, None] * row, do_base + inside[:, None] * (HEADS * DIM)
+    # one by one: _load_two would put lse and delta behind the rest, and change the machine code that was timed
+    main = tl.arange(0, MAIN)
     q_main, do_main = tl.load(q_rows + main[None, :]), tl.load(do_rows + main[None, :])
     # of queries past the end lse is infinite, so that their weights are 0
     row_lse, row_delta = tl.load(lse_base + queries), tl.load(delta_base + queries)
-
+    q_rest, do_rest = 0, 0
     if REST:
         rest = MAIN + tl.arange(0, REST)
         real = rest[None, :] < DIM
         q_rest = tl.load(q_rows + rest[None, :], mask=real, other=0.0)
         do_rest = tl.load(do_rows + rest[None, :], mask=real, other=0.0)
-        scores = tl.dot(k_rest, tl.trans(q_rest), input_precision="ieee")
-        scores = tl.dot(k_main, tl.trans(q_main), scores, input_precision="ieee")
-        dp = tl.dot(v_rest, tl.trans(do_rest), input_precision="ieee")
-        dp = tl.dot(v_main, tl.trans(do_main), dp, input_precision="ieee")
-    else:
-        scores = tl.dot(k_main, tl.trans(q_main), input_precision="ieee")
-        dp = tl.dot(v_main, tl.trans(do_main), input_precision="ieee")
-
+    scores = _product(k_main, k_rest, q_main, q_rest, REST)  # (OWN, READ)
+    dp = _product(v_main, v_rest, do_main, do_rest, REST)
     p = tl.exp2(scores * scale - row_lse[None, :])
     ds = (p * (dp - row_delta[None, :])).to(q_main.dtype)
     p = p.to(q_main.dtype)
@@ -477,7 +490,7 @@ def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    d_out = d_out.contiguous()  # sum().backward() and others give one number, expanded
+    d_out = d_out.contiguous()  # sum().backward() and others give one element, expanded
     delta, d_qkv = torch.empty_like(lse), torch.empty_like(qkv)
     given = (d_out, lse, delta, d_qkv, scale * _LOG2_E, scale)
     _launch("queries", qkv, qkv, out, *given)
@@ -485,35 +498,19 @@ def _backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
     return d_qkv
 
 
-_OPERATORS = operators_of(__name__)
-torch.library.define(
-    "siglip_lib::flash_attention",
-    "(Tensor qkv, float scale) -> (Tensor, Tensor)",
-    lib=_OPERATORS,
-)
-torch.library.define(
-    "siglip_lib::flash_attention_backward",
-    "(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
-    lib=_OPERATORS,
-)
-torch.library.impl("siglip_lib::flash_attention", ("CPU", "CUDA"), _forward, lib=_OPERATORS)
-torch.library.impl(
-    "siglip_lib::flash_attention_backward", ("CPU", "CUDA"), _backward, lib=_OPERATORS
-)
-
-
-@torch.library.register_fake("siglip_lib::flash_attention", lib=_OPERATORS)
-def _(qkv, scale):
+def _forward_fake(qkv, scale):
     batch, tokens, _, heads, dim = qkv.shape
-    return (
-        qkv.new_empty(batch, tokens, heads, dim),
-        qkv.new_empty(batch, heads, _padded(tokens), dtype=torch.float32),
-    )
+    lse = qkv.new_empty(batch, heads, _padded(tokens), dtype=torch.float32)
+    return qkv.new_empty(batch, tokens, heads, dim), lse
 
 
-@torch.library.register_fake("siglip_lib::flash_attention_backward", lib=_OPERATORS)
-def _(d_out, qkv, out, lse, scale):
+def _backward_fake(d_out, qkv, out, lse, scale):
     return torch.empty_like(qkv)
+
+
+_OPERATORS = operators_of(__name__)
+register_operator(_OPERATORS, "flash_attention", _forward, _forward_fake)
+register_operator(_OPERATORS, "flash_attention_backward", _backward, _backward_fake)
 
 
 def _keep(ctx, inputs, output) -> None:

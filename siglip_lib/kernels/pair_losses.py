@@ -1,10 +1,10 @@
 """SigLIP's loss of a block of pairs in one Triton kernel: from dot products to losses and their derivatives.
 
-Written out, it is a dozen passes over a matrix with a number for each pair. Here each number is read once, and what
+Written out, it is a dozen passes over a matrix with an element for each pair. Here each element is read once, and what
 leaves is its derivative, in the dtype of the matrix product that comes next. Of the losses only a sum leaves.
 
-How the work is split: one program has a tile of the matrix, some rows by some columns, in registers. It adds up its own
-losses and stores the sum under its own number; who adds these has the same bits on every run.
+How the work is split: a thread block has a tile of the matrix, some rows by some columns, in registers. It adds up its
+own losses and stores the sum at its own index; the sum of these sums has the same bits on every run.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _COLUMNS = 4, 1024  # of a tile: 32 numbers for each of 4 warps' threads
+_ROWS, _COLUMNS = 4, 1024  # of a tile: 32 elements for each of 4 warps' threads
 
 
 def pair_losses(
@@ -78,23 +78,11 @@ def pair_losses(
 # else some diagonals would have the kernel compiled anew
 @triton.jit(do_not_specialize=["diagonal"])
 def _kernel(
-    dots,
-    positive,
-    d_logits,
-    loss,
-    d_bias,
-    scale,
-    bias,
-    diagonal,
-    rows,
-    columns,
+    dots, positive, d_logits, loss, d_bias, scale, bias, diagonal, rows, columns,
     across,  # tiles side by side
     factor,  # of the derivatives
-    MATRIX: tl.constexpr,
-    GRADIENTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    MATRIX: tl.constexpr, GRADIENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0)
     row = (tile // across * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tile % across * COLUMNS + tl.arange(0, COLUMNS))[None, :]

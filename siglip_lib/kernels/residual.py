@@ -1,11 +1,12 @@
 """The end of a residual branch in one Triton kernel: LayerScale, DropPath and the addition.
 
-Written out, ``x + gamma * branch * keep / keep_prob`` is four passes over memory, and memory is all it costs. Here each
-number is read once, worked on in a register and written once.
+Written out, ``x + gamma * branch * keep / keep_prob`` is four passes over memory, and memory traffic is all it costs.
+Here each element is read once, worked on in a register and written once.
 
-How the work is split: x is a matrix of ``rows`` = B * N tokens by C channels. One program has a tile of it, some rows
-by some columns, in registers. Tiles side by side have neighbouring program numbers, so that what runs at the same time
-lies together in memory. The factor of a column and the keep bit of a row are loaded once for a tile.
+How the work is split: x is a matrix of ``rows`` = B * N tokens by C channels. A thread block, Triton's program, has a
+tile of it, some rows by some columns, in registers. Tiles side by side belong to neighbouring thread blocks, so that
+what runs at the same time lies together in memory. The factor of a column and the keep bit of a row are loaded once for
+a tile.
 """
 
 import torch
@@ -16,14 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from siglip_lib.base.checks import number
 from siglip_lib.base.observers import has_mode
-from siglip_lib.base.operators import operators_of
+from siglip_lib.base.operators import operators_of, register_operator
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = "use x + gamma * branch * keep / keep_prob"
 _TILE = 2048  # elements: 16 for each of 4 warps' threads, two 16-byte loads of bfloat16
-_PROGRAMS = (
-    1024  # that the backward pass aims at; of the shape alone, so that any GPU adds up alike
-)
+# thread blocks that the backward pass aims at: the same on any GPU, so that each adds up in the same order
+_PROGRAMS = 1024
 
 
 def fused_residual(
@@ -44,8 +44,8 @@ def fused_residual(
         x: the residual stream (B, N, C); float16, bfloat16 or float32.
         branch: what the branch gave, (B, N, C), any of the three dtypes.
         gamma: LayerScale's factors (C,), any of the three dtypes; none if None.
-        keep: one number a sample (B,), bool or float, 0 for a dropped branch and 1 for a kept one; all are kept if
-            None. It gets no gradient.
+        keep: one element for each sample (B,), bool or float, 0 for a dropped branch and 1 for a kept one; all are
+            kept if None. It gets no gradient.
         keep_prob: what kept branches are divided by, in (0, 1]; 1 without ``keep``. DropPath's is ``1 - drop_prob``.
 
     Returns:
@@ -87,9 +87,8 @@ class _FusedResidual(torch.autograd.Function):
         d_branch = d_gamma = None
         if for_branch or for_gamma:
             backward = _operator("fused_residual_backward")
-            d_branch, d_gamma = backward(
-                incoming, branch, gamma, keep, ctx.scale, ctx.dtype, for_branch, for_gamma
-            )
+            dtype = ctx.dtype if for_branch else None
+            d_branch, d_gamma = backward(incoming, branch, gamma, keep, ctx.scale, dtype)
         return (
             incoming,
             d_branch if for_branch else None,
@@ -137,7 +136,7 @@ def _backward_kernel(
     gamma_ptr,  # (channels,) or None
     keep_ptr,  # (rows // tokens,) or None
     d_branch_ptr,  # (rows, channels) or None
-    sums_ptr,  # (programs, channels) float32, or None if gamma gets no gradient
+    sums_ptr,  # (blocks, channels) float32, or None if gamma gets no gradient
     rows,
     tokens,
     scale,
@@ -171,7 +170,7 @@ def _backward_kernel(
             total += incoming * branch
 
     if sums_ptr is not None:
-        # a row of its own for each program: no atomics, whose order is another one on every run
+        # a row of its own for each thread block: no atomics, whose order differs from run to run
         sums = tl.sum(total, axis=0) * scale
         tl.store(sums_ptr + program * CHANNELS + column, sums, mask=column < CHANNELS)
 
@@ -188,7 +187,7 @@ def _kept(keep_ptr, row, rows, tokens):
 
 @triton.jit
 def _factor(gamma_ptr, column, scale, CHANNELS: tl.constexpr):
-    """What branch is multiplied by in each column: gamma / keep_prob."""
+    """The factor of branch in each column: gamma / keep_prob."""
     factor = tl.zeros_like(column).to(tl.float32) + scale
     if gamma_ptr is not None:
         gamma = tl.load(gamma_ptr + column, mask=column < CHANNELS, other=0.0)
@@ -202,7 +201,7 @@ _INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
 def _forward(
     x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None, scale: float
 ) -> Tensor:
-    """Launch the forward kernel, one program a tile."""
+    """Launch the forward kernel, a thread block for each tile."""
     x, branch, gamma, keep = (_contiguous(t) for t in (x, branch, gamma, keep))
     out = torch.empty_like(x)
     batch, tokens, channels = x.shape
@@ -232,17 +231,16 @@ def _backward(
     gamma: Tensor | None,
     keep: Tensor | None,
     scale: float,
-    dtype: torch.dtype,
-    for_branch: bool,
-    for_gamma: bool,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients by branch, of ``dtype``, and by gamma; an empty tensor for one that is not wanted."""
+    """Return the gradients by branch, of ``dtype``, and by gamma; an empty tensor without ``dtype`` or ``branch``."""
     incoming, branch, gamma, keep = (_contiguous(t) for t in (incoming, branch, gamma, keep))
+    for_branch, for_gamma = dtype is not None, branch is not None
     batch, tokens, channels = incoming.shape
     block_rows, block_columns = _tile(channels)
     blocks = triton.cdiv(batch * tokens, block_rows)
     tiles = triton.cdiv(channels, block_columns)
-    # many rows a program make few sums to be added afterwards, but leave too few programs for a GPU
+    # many rows a thread block make few sums to be added afterwards, but leave too few blocks for a GPU
     steps = max(1, blocks * tiles // _PROGRAMS) if for_gamma else 1
     programs = triton.cdiv(blocks, steps)
     d_branch = incoming.new_empty(incoming.shape if for_branch else 0, dtype=dtype)
@@ -288,63 +286,43 @@ def _operator(name: str):
     return {"fused_residual": _forward, "fused_residual_backward": _backward}[name]
 
 
-_OPERATORS = operators_of(__name__)
-torch.library.define(
-    "siglip_lib::fused_residual",
-    "(Tensor x, Tensor branch, Tensor? gamma, Tensor? keep, float scale) -> Tensor",
-    lib=_OPERATORS,
-)
-torch.library.define(
-    "siglip_lib::fused_residual_backward",
-    "(Tensor incoming, Tensor? branch, Tensor? gamma, Tensor? keep, float scale, ScalarType dtype,"
-    " bool for_branch, bool for_gamma) -> (Tensor, Tensor)",
-    lib=_OPERATORS,
-)
-torch.library.impl("siglip_lib::fused_residual", ("CPU", "CUDA"), _forward, lib=_OPERATORS)
-torch.library.impl(
-    "siglip_lib::fused_residual_backward", ("CPU", "CUDA"), _backward, lib=_OPERATORS
-)
-
-
-@torch.library.register_fake("siglip_lib::fused_residual", lib=_OPERATORS)
-def _(x, branch, gamma, keep, scale):
+def _forward_fake(x, branch, gamma, keep, scale):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("siglip_lib::fused_residual_backward", lib=_OPERATORS)
-def _(incoming, branch, gamma, keep, scale, dtype, for_branch, for_gamma):
-    return (
-        incoming.new_empty(incoming.shape if for_branch else 0, dtype=dtype),
-        gamma.new_empty(gamma.shape) if for_gamma else incoming.new_empty(0, dtype=torch.float32),
-    )
+def _backward_fake(incoming, branch, gamma, keep, scale, dtype):
+    d_branch = incoming.new_empty(0 if dtype is None else incoming.shape, dtype=dtype)
+    if branch is None:
+        return d_branch, incoming.new_empty(0, dtype=torch.float32)
+    return d_branch, gamma.new_empty(gamma.shape)
+
+
+_OPERATORS = operators_of(__name__)
+register_operator(_OPERATORS, "fused_residual", _forward, _forward_fake)
+register_operator(_OPERATORS, "fused_residual_backward", _backward, _backward_fake)
 
 
 def _check(
     x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None, keep_prob: float
 ) -> None:
-    for name, value in (("x", x), ("branch", branch), ("gamma", gamma), ("keep", keep)):
-        if value is None and name in ("gamma", "keep"):
-            continue
+    optional = {name: t for name, t in (("gamma", gamma), ("keep", keep)) if t is not None}
+    for name, value in {"x": x, "branch": branch, **optional}.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
-        if name == "keep":
-            if not (value.dtype == torch.bool or value.is_floating_point()):
-                raise TypeError(f"keep is {value.dtype}; it must be bool or a float dtype")
-        elif value.dtype not in _DTYPES:
+        if name == "keep" and value.dtype != torch.bool and not value.is_floating_point():
+            raise TypeError(f"keep is {value.dtype}; it must be bool or a float dtype")
+        if name != "keep" and value.dtype not in _DTYPES:
             raise TypeError(
                 f"{name} is {value.dtype}; allowed are float16, bfloat16, float32; else {_PLAIN}"
             )
     if x.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, C)")
-    for name, value, shape in (
-        ("branch", branch, x.shape),
-        ("gamma", gamma, x.shape[2:]),
-        ("keep", keep, x.shape[:1]),
-    ):
-        if value is None:
-            continue
-        if value.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {tuple(shape)}")
+    shapes = {"branch": x.shape, "gamma": x.shape[2:], "keep": x.shape[:1]}
+    for name, value in {"branch": branch, **optional}.items():
+        if value.shape != shapes[name]:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; it must be {tuple(shapes[name])}"
+            )
         if value.device != x.device:
             raise ValueError(f"{name} is on {value.device}; it must be on {x.device}, as x is")
     number("keep_prob", keep_prob)

@@ -1,12 +1,12 @@
-"""Truncated-normal draws in one Triton kernel: from a counter to the rounded number without leaving the registers.
+"""Truncated-normal draws in one Triton kernel: from a counter to the rounded element without leaving the registers.
 
 Four steps for each element, none of which reads memory:
 
-1. Philox turns (seed, counter) into 32 random bits. It is a function, not a state that moves on: element i gets number
-   ``i % 4`` of counter ``i // 4`` whoever computes it, so the draws depend on seed and place alone.
-2. The bits choose a place between Phi(alpha) and Phi(beta), Phi being the normal distribution function and alpha and
-   beta the bounds in standard deviations.
-3. The inverse of Phi makes a number of standard deviations of it.
+1. Philox turns (seed, counter) into four times 32 random bits. It is a function without a state: element i gets those
+   of number ``i % 4`` of counter ``i // 4``, whoever computes it, so the draws depend on seed and index alone.
+2. The bits choose a point between Phi(alpha) and Phi(beta), where Phi is the normal distribution function and alpha
+   and beta are the bounds in standard deviations.
+3. The inverse of Phi turns it into a number of standard deviations.
 4. That is scaled, kept inside the bounds and rounded.
 """
 
@@ -23,7 +23,7 @@ from siglip_lib.base.interval import check_interval, inner_bounds
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SQRT2 = math.sqrt(2.0)
-_COUNTERS = 1024  # of one program; four elements each
+_COUNTERS = 1024  # of one thread block; four elements each
 # of Philox4x32: the fewest that pass the tests of its authors; 10 are usual
 _ROUNDS = tl.constexpr(7)
 _STEP = tl.constexpr(2.0**-32)  # between two neighbouring uniform numbers
@@ -42,8 +42,8 @@ def trunc_normal_philox_(
     """Fill ``tensor`` in place with draws from N(mean, std**2) restricted to [a, b], in one pass over memory.
 
     As ``siglip_lib.trunc_normal_``: ``a`` and ``b`` are absolute bounds, and every value x satisfies a <= x <= b in
-    the tensor's own dtype. Two things differ. The numbers come from ``seed`` and from an element's place in the
-    tensor, so that the same seed gives the same draws however the work is split; no generator is used or moved on. And
+    the tensor's own dtype. Two things differ. The numbers come from ``seed`` and an element's index in the
+    tensor, so that the same seed gives the same draws however the work is split; no generator is used or advanced. And
     the interval has to reach to within one standard deviation of the mean.
 
     All arithmetic is in float32, from 32 random bits each, so that without bounds a draw is at most 6.4 standard
@@ -67,8 +67,8 @@ def trunc_normal_philox_(
     Raises:
         TypeError: the tensor is not of one of the three dtypes, or an argument is not a number.
         ValueError: an argument is out of range, no number of the tensor's dtype lies in [a, b], or the tensor is on the
-            CPU and Triton's interpreter is off. ``trunc_normal_`` takes what is refused here for its dtype, its
-            device or its bounds.
+            CPU and Triton's interpreter is off. ``trunc_normal_`` takes the dtypes, devices and bounds that are not
+            taken here.
 
     Source: Philox4x32-7, Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); PPND7, Wichura, Algorithm
     AS 241: The Percentage Points of the Normal Distribution, Applied Statistics 37 (1988).
@@ -97,15 +97,15 @@ def trunc_normal_philox_(
             " TRITON_INTERPRET=1 set before it is imported; else use siglip_lib.trunc_normal_"
         )
 
-    fill_(tensor, mean, std, low, high, shares(alpha, beta), seed)
+    launch_trunc_normal_(tensor, mean, std, low, high, alpha, beta, seed)
     return tensor
 
 
-def shares(alpha: float, beta: float) -> tuple[float, float, float, float]:
-    """Return what the bounds mean for the uniform numbers, from bounds in standard deviations.
+def normal_masses(alpha: float, beta: float) -> tuple[float, float, float, float]:
+    """Return how a normal distribution's mass lies about the interval from alpha to beta, in standard deviations.
 
     Returns:
-        Phi(alpha), the share below the interval; 1 - Phi(beta), that above it; Phi(beta) - Phi(alpha), that inside; and
+        Phi(alpha), the mass below the interval; 1 - Phi(beta), that above it; Phi(beta) - Phi(alpha), that inside; and
         how far above 1/2 the middle of the inside lies. The small ones keep their digits: none is formed as 1 - x.
     """
     below, above = math.erfc(-alpha / _SQRT2) / 2, math.erfc(beta / _SQRT2) / 2
@@ -113,13 +113,14 @@ def shares(alpha: float, beta: float) -> tuple[float, float, float, float]:
     return below, above, (right - left) / 2, (left + right) / 4
 
 
-def fill_(
+def launch_trunc_normal_(
     tensor: Tensor,
     mean: float,
     std: float,
     low: float,
     high: float,
-    shares: tuple[float, float, float, float],
+    alpha: float,
+    beta: float,
     seed: int,
     start: int = 0,
     counters: int = _COUNTERS,
@@ -132,40 +133,31 @@ def fill_(
         std: likewise.
         low: smallest number of the tensor's dtype that is allowed.
         high: largest one.
-        shares: what ``shares`` returned.
+        alpha: lower bound in standard deviations from the mean.
+        beta: upper bound likewise.
         seed: in [0, 2**63).
         start: counter of the first four elements.
-        counters: how many counters a program takes.
+        counters: how many counters a thread block takes.
     """
-    out = tensor if tensor.is_contiguous() else torch.empty_like(tensor).contiguous()
-    programs = triton.cdiv(out.numel(), 4 * counters)
+    out = tensor.contiguous()
+    blocks = triton.cdiv(out.numel(), 4 * counters)
+    masses = normal_masses(alpha, beta)
     with torch.cuda.device_of(out):  # Triton launches on the current GPU, not on the tensor's
-        _kernel[(programs,)](
-            out, out.numel(), seed, start, mean, std, low, high, *shares, COUNTERS=counters
+        _kernel[(blocks,)](
+            out, out.numel(), seed, start, mean, std, low, high, *masses, COUNTERS=counters
         )
-    if out is not tensor:
-        tensor.copy_(out)
-    else:
+    if out is tensor:
         torch.autograd.graph.increment_version(tensor)  # autograd does not see a kernel write
+    else:
+        tensor.copy_(out)
 
 
 # else some seeds would have the kernel compiled anew
 @triton.jit(do_not_specialize=["seed", "start"])
 def _kernel(
-    out_ptr,
-    size,
-    seed,
-    start,
-    mean,
-    std,
-    low,
-    high,
-    below,
-    above,
-    inside,
-    middle,
+    out_ptr, size, seed, start, mean, std, low, high, below, above, inside, middle,
     COUNTERS: tl.constexpr,
-):
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * COUNTERS  # there may be more than 2**31 elements
     counter = start + first + tl.arange(0, COUNTERS)
     bits_0, bits_1, bits_2, bits_3 = tl.randint4x(seed, counter, _ROUNDS)
@@ -183,11 +175,10 @@ def _kernel(
 
 @triton.jit
 def sigmas(bits, below, above, inside, middle):
-    """Turn 32 random bits into draws, in standard deviations; the rest is what ``shares`` returned."""
-    # Three ways to read the same bits. Read with a sign they count from the middle: numbers near
-    # 0 keep their digits. With the first bit turned they count up from the lower bound, with all
-    # the others turned down from the upper one: those near an end keep theirs. Each stands half a
-    # step off its end, for the inverse of 0 is infinite.
+    """Turn 32 random bits into draws, in standard deviations; the rest is what ``normal_masses`` returned."""
+    # Three ways to read the same bits. As a signed integer they count from the middle: draws near 0 keep their digits.
+    # With the first bit flipped they count up from the lower bound, with all others flipped down from the upper one:
+    # draws near an end keep theirs. Each is half a step off its end, because the inverse of 0 is infinite.
     signed = bits.to(tl.int32, bitcast=True)
     step = inside * _STEP
     from_middle = signed.to(tl.float32) * step + (middle + 0.5 * step)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siglip_lib.base.checks import positive_int
-from siglip_lib.base.operators import operators_of
+from siglip_lib.base.operators import operators_of, register_operator
 from siglip_lib.siglip.loss_block import wide_dtype
 from siglip_lib.siglip.loss_pairs import (
     LossSums,
@@ -119,10 +119,12 @@ def softmax_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
         return (F.cross_entropy(logits, right) + F.cross_entropy(logits.t(), right)) / 2
 
 
-def _loss_and_gradients_by_blocks(*arguments: Tensor | int | None) -> tuple[Tensor, ...]:
-    """Return what ``LossSums.loss_and_gradients`` does; the arguments are the operator's, see its schema below."""
-    *pairs, chunk, with_gradients = arguments
-    pairs = Pairs(*pairs)
+def _loss_and_gradients_by_blocks(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
+    image_ids: Tensor | None, text_ids: Tensor | None, chunk: int, with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return what ``LossSums.loss_and_gradients`` does. An operator takes no ``Pairs``."""
+    pairs = Pairs(image, text, logit_scale, logit_bias, image_ids, text_ids)
     sums = LossSums(pairs, with_gradients)
     for i in range(0, len(pairs.image), chunk):
         for j in range(0, len(pairs.text), chunk):
@@ -134,19 +136,9 @@ def _loss_and_gradients_by_blocks(*arguments: Tensor | int | None) -> tuple[Tens
     return sums.loss_and_gradients()
 
 
-_OPERATORS = operators_of(__name__)
-torch.library.define(
-    "siglip_lib::sigmoid_loss",
-    "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, Tensor? text_ids,"
-    " int chunk, bool with_gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lib=_OPERATORS,
-)
-torch.library.impl(
-    "siglip_lib::sigmoid_loss", ("CPU", "CUDA"), _loss_and_gradients_by_blocks, lib=_OPERATORS
-)
-
-
-@torch.library.register_fake("siglip_lib::sigmoid_loss", lib=_OPERATORS)
-def _(image, text, logit_scale, logit_bias, image_ids, text_ids, chunk, with_gradients):
+def _fake(image, text, logit_scale, logit_bias, image_ids, text_ids, chunk, with_gradients):
     shapes = ((), image.shape, text.shape, (), ()) if with_gradients else ((),) * 5
     return tuple(image.new_empty(shape, dtype=wide_dtype(image)) for shape in shapes)
+
+
+register_operator(operators_of(__name__), "sigmoid_loss", _loss_and_gradients_by_blocks, _fake)

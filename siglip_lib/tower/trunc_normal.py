@@ -66,12 +66,12 @@ def trunc_normal_(
         return tensor
 
     if alpha < 1 and beta > -1 and _has_kernel(tensor):
-        from siglip_lib.kernels.sampler import fill_, shares
+        from siglip_lib.kernels.sampler import launch_trunc_normal_
 
         # from where the generator stands, which is known without waiting for the GPU; then move it on
         generator = generator or torch.cuda.default_generators[tensor.device.index]
         start, seed = generator.get_offset(), generator.initial_seed() % 2**63
-        fill_(tensor, mean, std, low, high, shares(alpha, beta), seed, start)
+        launch_trunc_normal_(tensor, mean, std, low, high, alpha, beta, seed, start)
         generator.set_offset(start + 4 * -(-tensor.numel() // 16))  # offsets are multiples of 4
         return tensor
 
