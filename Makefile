@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV  := .venv
 BIN   := $(VENV)/bin
 PORT  ?= 8888
-SHARE := -n auto --dist loadfile
+SHARE := -n auto --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.cfg --nbval-cell-timeout=300
 
 .PHONY: lab test lint unit notebooks slow outputs measured speed speed-many weights ablations clean

@@ -1,6 +1,7 @@
 """Make nbval fail once and clearly, and share the cores. The notebooks also pass without this file (--noconftest)."""
 
 import copy
+import json
 import os
 import queue
 import shutil
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: each worker has a core, and so has what it starts
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # before torch: each worker has a core, and so has what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
@@ -36,7 +39,9 @@ else:
     RunningKernel.await_reply = _await_reply
 
 
-MEMORY = 3 * 2**29  # bytes, more than a worker takes: torch, and a notebook's kernel or timm and transformers
+MEMORY = (
+    3 * 2**29
+)  # bytes, more than a worker takes: torch, and a notebook's kernel or timm and transformers
 MOST = 8  # the longest file takes an eighth of the time
 
 
@@ -64,7 +69,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _measured_seconds(path: Path) -> float:
+    """How long a notebook took when it was measured; 0 for other files."""
+    if path.suffix != ".ipynb":
+        return 0
+    metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    return metadata.get("measured", {}).get("cpu", {}).get("seconds", 0)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (
+        "PYTEST_XDIST_WORKER" in os.environ
+    ):  # the longest notebook first: then no worker waits long at the end
+        seconds = {path: _measured_seconds(path) for path in {item.path for item in items}}
+        items.sort(key=lambda item: -seconds[item.path])
     if not config.option.each_twice:
         return
     for place, cell in reversed([*enumerate(items)]):
