@@ -3,6 +3,7 @@ SHELL := /bin/bash
 VENV  := .venv
 BIN   := $(VENV)/bin
 PORT  ?= 8888
+SHARE := -n auto --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.cfg --nbval-cell-timeout=300
 
 .PHONY: lab test lint unit notebooks slow outputs measured speed speed-many weights ablations clean
@@ -16,10 +17,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache --no-logo
 
 unit: $(VENV)/ready
-	$(BIN)/pytest --durations=5 tests
+	$(BIN)/pytest $(SHARE) --durations=5 tests
 
 notebooks: $(VENV)/ready  ## every cell twice in a row, as readers run them, and compared both times
-	$(BIN)/pytest $(NBVAL) --each-twice --durations=0 notebooks
+	$(BIN)/pytest $(SHARE) $(NBVAL) --each-twice --durations=0 notebooks
 
 slow: $(VENV)/ready  ## SO400M at full size against timm and transformers: a minute or two, 9 GB of memory, 8 GB of disk
 	$(BIN)/pytest -m slow --durations=0 tests

@@ -1,10 +1,19 @@
-"""Make nbval fail once and clearly. The notebooks also pass without this file (--noconftest)."""
+"""Make nbval fail once and clearly, and share the cores. The notebooks also pass without this file (--noconftest)."""
 
 import copy
+import json
+import os
 import queue
+import shutil
 import time
+from pathlib import Path
 
 import pytest
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # before torch: each worker has a core, and so has what it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
     from nbval.kernel import RunningKernel
@@ -30,6 +39,28 @@ else:
     RunningKernel.await_reply = _await_reply
 
 
+MEMORY = (
+    3 * 2**29
+)  # bytes, more than a worker takes: torch, and a notebook's kernel or timm and transformers
+MOST = 8  # the longest file takes an eighth of the time
+
+
+def _bytes_of_memory() -> int:
+    """What this machine has, or less where it is a container with a limit."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    told = limit.read_text(encoding="ascii").strip() if limit.exists() else "max"
+    return memory if told == "max" else min(memory, int(told))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many workers ``-n auto`` starts: one a core, as far as the memory goes; none on a GPU, which is measured."""
+    if shutil.which("nvidia-smi"):
+        return 0
+    return max(1, min(len(os.sched_getaffinity(0)), _bytes_of_memory() // MEMORY, MOST))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--each-twice",
@@ -38,7 +69,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _measured_seconds(path: Path) -> float:
+    """How long a notebook took when it was measured; 0 for other files."""
+    if path.suffix != ".ipynb":
+        return 0
+    metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    return metadata.get("measured", {}).get("cpu", {}).get("seconds", 0)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (
+        "PYTEST_XDIST_WORKER" in os.environ
+    ):  # the longest notebook first: then no worker waits long at the end
+        seconds = {path: _measured_seconds(path) for path in {item.path for item in items}}
+        items.sort(key=lambda item: -seconds[item.path])
     if not config.option.each_twice:
         return
     for place, cell in reversed([*enumerate(items)]):

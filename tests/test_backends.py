@@ -622,34 +622,51 @@ def test_first_calls_of_many_threads(monkeypatch):
 
 
 FIRST = """
+import os, sys, traceback
 import torch
 import torch.nn.functional as F
 from siglip_lib import VisionTransformer
-model = VisionTransformer(16, 8, embed_dim=16, depth=1, num_heads=2, class_token=False, global_pool="map").eval()
-x = torch.randn(2, 3, 16, 16)
-found = {}(model, x)
-torch.testing.assert_close(found, model(x))
+
+assert "torch._dynamo" not in sys.modules
+for use in sys.argv[1:]:  # a process each, in which nothing was used before
+    child = os.fork()
+    if child == 0:
+        try:
+            model = VisionTransformer(
+                16, 8, embed_dim=16, depth=1, num_heads=2, class_token=False, global_pool="map"
+            ).eval()
+            x = torch.randn(2, 3, 16, 16)
+            torch.testing.assert_close(eval(use)(model, x), model(x))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
+FIRST_USES = {
+    "export": "lambda m, x: torch.export.export(m, (x,)).module()(x)",
+    "strict export": "lambda m, x: torch.export.export(m, (x,), strict=True).module()(x)",
+    "compile": "lambda m, x: torch.compile(m, fullgraph=True, backend='aot_eager')(x)",
+    "dynamic compile": "lambda m, x: torch.compile(m, fullgraph=True, dynamic=True, backend='aot_eager')(x)",
+    "trace": "lambda m, x: torch.jit.trace(m, (x,))(x)",
+}
 
 
-@pytest.mark.parametrize(
-    "first_use",
-    [
-        "(lambda m, x: torch.export.export(m, (x,)).module()(x))",
-        "(lambda m, x: torch.export.export(m, (x,), strict=True).module()(x))",
-        "(lambda m, x: torch.compile(m, fullgraph=True, backend='aot_eager')(x))",
-        "(lambda m, x: torch.compile(m, fullgraph=True, dynamic=True, backend='aot_eager')(x))",
-        "(lambda m, x: torch.jit.trace(m, (x,))(x))",
-    ],
-    ids=["export", "strict export", "compile", "dynamic compile", "trace"],
-)
-def test_the_first_use_of_a_process(first_use):
+@pytest.fixture(scope="module")
+def first_uses() -> tuple[dict[str, str], str]:
+    """How the process of each use ended, and what all of them said."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FIRST.format(first_use)],
+        [sys.executable, "-W", "ignore", "-c", FIRST, *FIRST_USES.values()],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    return dict(zip(FIRST_USES, done.stdout.splitlines(), strict=False)), done.stderr
+
+
+@pytest.mark.parametrize("use", FIRST_USES)
+def test_the_first_use_of_a_process(first_uses, use):
+    ended, said = first_uses
+    assert ended.get(use) == "0", said
 
 
 @pytest.mark.parametrize("pool", [{"global_pool": "map"}, {"global_pool": ""}, {"qk_norm": True}])

@@ -30,8 +30,7 @@ CELLS = (
 from siglip_lib import attention_viewer, search_box
 from siglip_lib import load_emoji64
 from siglip_lib.data import compose, split
-from siglip_lib.siglip import embed_pictures, load_siglip
-from siglip_lib.train import EMOJI64_WEIGHTS
+from siglip_lib.siglip import EMOJI64_WEIGHTS, embed_pictures, load_siglip
 
 emoji = load_emoji64()
 model, tokenizer = load_siglip(EMOJI64_WEIGHTS)

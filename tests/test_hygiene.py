@@ -3,10 +3,12 @@
 import ast
 import base64
 import configparser
+import importlib
 import json
 import re
 import statistics
 import tomllib
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -249,3 +251,80 @@ def test_readme_shows_a_stored_picture():
     shown = base64.b64encode((ROOT / ".github/attention.jpg").read_bytes()).decode()
     assert shown in stored
     assert "(.github/attention.jpg)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+TEXTS = [
+    ROOT / "README.md",
+    *(
+        path
+        for folder in ("siglip_lib", "tools", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    ),
+    *(ROOT / "siglip_lib").rglob("*.md"),
+    *PATHS,
+]
+
+
+def text_of(path) -> str:
+    """A file's text; of a notebook, its cells'."""
+    if path.suffix == ".ipynb":
+        return "\n".join(cell.source for cell in read(path).cells)
+    return path.read_text(encoding="utf-8")
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a module, or an attribute of one, has this name."""
+    found, names = None, dotted.split(".")
+    for place, name in enumerate(names):
+        with suppress(ImportError):
+            found = importlib.import_module(".".join(names[: place + 1]))
+            continue
+        if not hasattr(found, name):
+            return False
+        found = getattr(found, name)
+    return True
+
+
+def dead_names(text: str) -> list[str]:
+    """What is imported from the library, or named with its module, and is not there."""
+    names = re.findall(r"(?<![\w./])siglip_lib(?:\.[A-Za-z_]\w*)+", text)
+    for module, imported in re.findall(
+        r"from (siglip_lib[.\w]*) import (\([^)]*\)|[^\n\"';\\]+)", text
+    ):
+        imported = re.sub(r"#.*|[()]", "", imported)
+        names += [f"{module}.{word.split()[0]}" for word in imported.split(",") if word.strip()]
+    return sorted({name for name in names if not resolves(name)})
+
+
+def dead_paths(text: str) -> list[str]:
+    """Files and folders of the library that a text names and that are not there."""
+    paths = re.findall(r"(?<![\w-])siglip_lib/[\w./-]*\w", text)
+    return sorted({path for path in paths if not (ROOT / path).exists()})
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_named_of_the_library_is_there(path):
+    text = text_of(path)
+    assert not dead_names(text)
+    assert not dead_paths(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import LIB.ring", ["LIB.ring"]),
+        ("from LIB import (\n    attend,\n    losses as l,  # old\n)", ["LIB.losses"]),
+        ("from LIB.train_command import main", ["LIB.train_command", "LIB.train_command.main"]),
+        ("`LIB.backends._runs`, torch.ops.LIB.none", ["LIB.backends._runs"]),
+        ("LIB.tower.block.Block, from LIB import pointing as p", []),
+    ],
+)  # fmt: skip
+def test_what_is_no_longer_in_the_library_is_found(text, found):
+    assert dead_names(text.replace("LIB", "siglip_lib")) == [
+        name.replace("LIB", "siglip_lib") for name in found
+    ]
+
+
+def test_a_path_that_is_no_longer_in_the_library_is_found():
+    text = "[a](../LIB/losses.py), `LIB/tower/block.py`, LIB/kernels."
+    assert dead_paths(text.replace("LIB", "siglip_lib")) == ["siglip_lib" + "/losses.py"]

@@ -246,7 +246,8 @@ def test_inputs_stay_as_they_are(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_on_every_run(dtype, device):
-    shape = (64, 729, 1152) if device.type == "cuda" else (3, 39, 1152)
+    # in the interpreter several blocks of rows and several tiles, but few: each takes milliseconds
+    shape = (64, 729, 1152) if device.type == "cuda" else (3, 11, 384)
     inputs = draw(shape, dtype, device)
     incoming = torch.randn(shape, device=device).to(dtype)
 

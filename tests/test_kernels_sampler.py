@@ -302,7 +302,10 @@ def test_a_cpu_without_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, env=environment
     )
-    assert "TRITON_INTERPRET=1 set before it is imported; else use siglip_lib.trunc" in done.stdout
+    assert (
+        "TRITON_INTERPRET=1 set before it is imported; else use siglip_lib.trunc_normal_"
+        in done.stdout
+    )
 
 
 def test_more_than_2_to_31_elements(gpu):

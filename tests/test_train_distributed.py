@@ -637,8 +637,9 @@ def stored(out: Path) -> int:
 
 
 @pytest.fixture
-def here(monkeypatch) -> Iterator[Callable]:
-    """The command in this process."""
+def here(monkeypatch, emoji) -> Iterator[Callable]:
+    """The command in this process, which has the pictures already."""
+    monkeypatch.setattr("siglip_lib.train.__main__.load_emoji64", lambda: emoji)
 
     def run(*options: str) -> None:
         monkeypatch.setattr(sys, "argv", ["siglip_lib.train", *OPTIONS, *options])
