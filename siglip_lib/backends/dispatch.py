@@ -54,9 +54,8 @@ def attention_backends(
     Returns:
         A status for each of ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers`` and ``eager``.
     """
-    case = _checked_case(
-        device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale
-    )
+    options = dict(tokens=tokens, packed=packed, large=large, scale=scale)
+    case = _checked_case(device, dtype, head_dim, dropout, deterministic, **options)
     return {name: status(name, case) for name in preferred(case)}
 
 
@@ -68,33 +67,19 @@ def _constant_when_compiled(choice: Callable[..., str]) -> Callable[..., str]:
 
 
 @_constant_when_compiled
-def choose_backend(
-    backend: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    head_dim: int,
-    dropout: float = 0.0,
-    deterministic: bool = False,
-    *,
-    tokens: int = 16,
-    packed: bool = True,
-    large: bool = True,
-    scale: float = 1.0,
-) -> str:
+def choose_backend(backend: str, *case: object, **options: object) -> str:
     """Return the name of the backend that will run; a forced one that cannot is a ValueError that says why.
 
-    The arguments are those of ``attention_backends``.
+    The further arguments are those of ``attention_backends``.
     """
     check_backend_name(backend)
-    case = _checked_case(
-        device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale
-    )
-    return _choose(backend, *case)
+    return _choose(backend, *_checked_case(*case, **options))
 
 
 def _checked_case(
-    device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale
-) -> AttentionCase:
+    device, dtype, head_dim, dropout=0.0, deterministic=False,
+    *, tokens=16, packed=True, large=True, scale=1.0,
+) -> AttentionCase:  # fmt: skip
     head_dim, tokens = positive_int("head_dim", head_dim), positive_int("tokens", tokens)
     dropout, scale = probability("dropout", dropout), finite("scale", scale)
     if not isinstance(dtype, torch.dtype):
