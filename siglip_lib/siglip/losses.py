@@ -10,9 +10,8 @@ from siglip_lib.siglip.loss_block import wide_dtype
 from siglip_lib.siglip.loss_pairs import (
     LossSums,
     Pairs,
+    check_learned,
     check_pairs,
-    check_scalar,
-    check_vectors,
     loss_with_gradients,
 )
 
@@ -107,8 +106,7 @@ def softmax_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
     Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), figure 3.
     """
-    check_vectors(image, text)
-    check_scalar("logit_scale", logit_scale, image)
+    check_learned(image, text, logit_scale=logit_scale)
     if len(text) != len(image):
         raise ValueError(f"text has {len(text)} rows; it must have {len(image)}, as image has")
     logit_scale = logit_scale.reshape(())

@@ -6,7 +6,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from siglip_lib.base.checks import count
+from siglip_lib.base.checks import count, one_of
 from siglip_lib.tower.patches import resample_abs_pos_embed
 
 POOLS = ("token", "avg", "map", "")
@@ -81,9 +81,7 @@ class TimmInterface(nn.Module):
 
         Source: timm, models/vision_transformer.py (names and results).
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r} is unknown; allowed are 'NCHW', 'NLC'")
-        as_grid = output_fmt == "NCHW"
+        as_grid = one_of("output_fmt", output_fmt, ("NCHW", "NLC")) == "NCHW"
         self._check_features("forward_intermediates", "output_fmt='NCHW'" if as_grid else None)
         depth = len(self.blocks)
         numbers = sorted({*self._block_numbers("indices", depth if indices is None else indices)})
@@ -225,14 +223,11 @@ class TimmInterface(nn.Module):
         """Run ``end`` blocks; return patch and prefix tokens after those of these numbers, and the last tokens."""
         seen: dict[str, Tensor] = {}
         last = self._run_blocks(x, end, seen)
-        grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
+        grid, num_prefix = self.patch_embed.dynamic_feat_size(x.shape[2:]), self.num_prefix_tokens
 
         def parts(tokens: Tensor) -> tuple[Tensor, Tensor]:
             tokens = self.norm(tokens) if norm else tokens
-            prefix, patches = (
-                tokens[:, : self.num_prefix_tokens],
-                tokens[:, self.num_prefix_tokens :],
-            )
+            prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
             if as_grid:
                 patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
             return patches, prefix
@@ -248,7 +243,5 @@ def check_stage(has: bool, method: str, part: str) -> None:
 
 def check_pool(global_pool: str, has_class_token: bool) -> None:
     """Raise a ValueError if a pooling is unknown or needs a class token that is not there."""
-    if global_pool not in POOLS:
-        raise ValueError(f"global_pool={global_pool!r} is unknown; allowed are {POOLS}")
-    if global_pool == "token" and not has_class_token:
+    if one_of("global_pool", global_pool, POOLS) == "token" and not has_class_token:
         raise ValueError("global_pool='token' needs class_token=True")
