@@ -140,9 +140,7 @@ def attention_viewer(
         names: B names to choose pictures by; their numbers if None.
 
     Raises:
-        TypeError: the tower is no ``VisionTransformer``.
-        ValueError: the tower has no pooling head or is a stage of a pipeline, the pictures' shape is wrong, or the
-            number of names is not B.
+        TypeError, ValueError: as for ``pool_attention``; the number of names is not B.
     """
     from ipywidgets import Dropdown, HBox, Layout, VBox
 

@@ -46,11 +46,7 @@ TEMPLATES = (
     "this is {}",
 )
 # the name stands first; without it a caption would be true of other concepts, too
-KEYWORD_TEMPLATES = (
-    "{}, {}",
-    "a picture of {}, {}",
-    "an emoji of {}, {}",
-)
+KEYWORD_TEMPLATES = ("{}, {}", "a picture of {}, {}", "an emoji of {}, {}")
 
 
 @dataclass(frozen=True, eq=False)

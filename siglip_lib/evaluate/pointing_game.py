@@ -133,12 +133,11 @@ def _boxes(visible: Tensor) -> Tensor:
     if not visible.flatten(1).any(1).all():
         raise ValueError("pictures hold one without a visible pixel, which has no box")
     columns, rows = visible.any(1).byte(), visible.any(2).byte()
-    ends = [
+    x0, x1, y0, y1 = (
         edge
         for line in (columns, rows)  # argmax finds the first of the largest
         for edge in (line.argmax(1), line.shape[1] - line.flip(1).argmax(1))
-    ]
-    x0, x1, y0, y1 = ends
+    )
     return torch.stack((x0, y0, x1, y1), dim=1).float()
 
 

@@ -121,6 +121,6 @@ class AttentionPoolLatent(nn.Module):
             x = x + self.pos_embed.to(x.dtype)
         q = self.q(self.latent).unflatten(-1, (self.num_heads, self.head_dim))
         q = q.expand(x.shape[0], -1, -1, -1)  # the queries are the same for every picture
-        kv = self.kv(x).unflatten(-1, (2, self.num_heads, self.head_dim))
-        k, v = kv.unbind(2)  # views of one tensor
+        # views of one tensor
+        k, v = self.kv(x).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
