@@ -105,8 +105,7 @@ def pointing(maps: Tensor, boxes: Tensor, size: int | tuple[int, int]) -> Share:
     Source: Zhang et al., Top-down Neural Attention by Excitation Backprop (2018), section 4.1.
     """
     check_tensor("maps", maps, ("B", "rows", "columns"), dtypes=NUMBERS, empty=False)
-    broken = int((~maps.isfinite()).flatten(1).any(1).sum())
-    if broken:
+    if broken := int((~maps.isfinite()).flatten(1).any(1).sum()):
         raise ValueError(f"maps: {broken} of {len(maps)} hold NaN or infinity")
     if len(boxes) != len(maps):
         raise ValueError(f"there are {len(boxes)} boxes for {len(maps)} maps")

@@ -152,8 +152,7 @@ def zero_shot(
 def _vectors(name: str, x: Tensor, shape: tuple[int | str, ...]) -> Tensor:
     """Return unit vectors in at least float32; raise an error for what is empty, not finite or of another length."""
     check_tensor(name, x, shape, empty=False)
-    if not x.isfinite().all():
-        bad = int((~x.isfinite()).any(1).sum())
+    if bad := int((~x.isfinite()).any(1).sum()):
         raise ValueError(f"{name}: {bad} of {len(x)} vectors hold NaN or infinity")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     lengths = x.norm(dim=1)
