@@ -117,7 +117,7 @@ def check_tensor(
     """
     hint = hint and f"; {hint}"
     if not isinstance(x, Tensor):
-        allowed = f" {_either(shapes)}" if shapes else ""
+        allowed = f" {_joined_by_or(shapes)}" if shapes else ""
         raise TypeError(f"{name} must be a tensor{allowed}, not {type(x).__name__}{hint}")
     if x.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -128,7 +128,7 @@ def check_tensor(
         if shapes[0][:1] == ("B",) and _fits((1, *found), shapes[0], empty):
             hint = f"; {name}[None] makes a batch of one{hint}"
         hint = hint if empty else f", each at least 1{hint}"
-        raise ValueError(f"{name} has shape {found}; it must be {_either(shapes)}{hint}")
+        raise ValueError(f"{name} has shape {found}; it must be {_joined_by_or(shapes)}{hint}")
     if like and x.device != like[1].device:
         raise ValueError(
             f"{name} is on {x.device}; it must be on {like[1].device}, as {like[0]} is"
@@ -137,13 +137,15 @@ def check_tensor(
 
 
 def _fits(found: tuple[int, ...], shape: tuple[int | str, ...], empty: bool) -> bool:
+    """Whether ``found`` is the described shape."""
     if len(found) != len(shape):
         return False
     pairs = zip(found, shape, strict=True)
     return all((empty or n > 0) if isinstance(m, str) else n == m for n, m in pairs)
 
 
-def _either(shapes: tuple[tuple[int | str, ...], ...]) -> str:
+def _joined_by_or(shapes: tuple[tuple[int | str, ...], ...]) -> str:
+    """The shapes as a message shows them, such as ``(B, 3) or (3,)``."""
     return " or ".join(str(shape).replace("'", "") for shape in shapes)
 
 

@@ -120,7 +120,7 @@ def _on_background(pictures: Tensor, colour: Tensor) -> Tensor:
 
 
 def _between(draw: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """Map draws from [0, 1) to [low, high)."""
+    """Map draws from [0, 1) to [low, high), either way of 0 if none is given."""
     return low + (high - low) * draw
 
 

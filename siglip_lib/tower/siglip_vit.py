@@ -31,9 +31,9 @@ class SigLIPVisionConfig:
         self._check_heads("width", "heads")
 
     def _check_heads(self, width: str, heads: str) -> None:
-        channels, number = getattr(self, width), getattr(self, heads)
-        if channels % number:
-            raise ValueError(f"{width}={channels} must be a multiple of {heads}={number}")
+        sizes = asdict(self)
+        if sizes[width] % sizes[heads]:
+            raise ValueError(f"{width}={sizes[width]} must be a multiple of {heads}={sizes[heads]}")
 
     def tower_arguments(self) -> dict[str, object]:
         """Return what ``VisionTransformer`` is built with: no class token, pooled by attention, no classifier."""

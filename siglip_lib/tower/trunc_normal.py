@@ -62,9 +62,7 @@ def trunc_normal_(
     if tensor.is_meta or tensor.numel() == 0:
         return tensor
 
-    # the kernel does in one pass what the steps below do in four; a CUDA graph would repeat one seed's draws
-    fits = alpha < 1 and beta > -1 and tensor.dtype != torch.float64 and takes_kernel(tensor)
-    if fits and has_triton() and not torch.cuda.is_current_stream_capturing():
+    if alpha < 1 and beta > -1 and _has_kernel(tensor):
         from siglip_lib.kernels.sampler import fill_, shares
 
         # from where the generator stands, which is known without waiting for the GPU; then move it on
@@ -89,6 +87,13 @@ def trunc_normal_(
     # origin + factor * work and the cast, in one pass
     torch.add(on_cpu(origin, work.dtype), work, alpha=sign * std * sigmas, out=tensor)
     return tensor.clamp_(low, high)
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    """Whether the Triton kernel takes the tensor: it does in one pass what the steps below do in four."""
+    if tensor.dtype == torch.float64 or not takes_kernel(tensor) or not has_triton():
+        return False
+    return not torch.cuda.is_current_stream_capturing()  # a graph would repeat one seed's draws
 
 
 def _draw_centre_(work: Tensor, alpha: float, beta: float, generator: Generator | None) -> float:
