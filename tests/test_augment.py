@@ -384,15 +384,23 @@ RGBA = torch.zeros(2, 4, 8, 8, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rgba": RGBA.float()}, TypeError, "rgba is torch.float32; it must be torch.uint8"),
-        ({"rgba": RGBA[:, :3]}, ValueError, "rgba has the shape (2, 3, 8, 8); it must be (B, 4"),
-        ({"rgba": RGBA[0]}, ValueError, "rgba has the shape (4, 8, 8)"),
+        ({"rgba": RGBA.float()}, TypeError, "rgba is torch.float32; it must be of uint8"),
+        ({"rgba": RGBA[:, :3]}, ValueError, "rgba has shape (2, 3, 8, 8); it must be (B, 4"),
+        ({"rgba": RGBA[0]}, ValueError, "rgba has shape (4, 8, 8)"),
         ({"background": (0, 0)}, ValueError, "background=(0, 0) must be three numbers in [-1, 1]"),
         ({"background": (0, 0, 255)}, ValueError, "background=(0, 0, 255) must be three"),
         ({"background": ("0", 0, 0)}, TypeError, "background='0' must be a number"),
         ({"background": torch.zeros(2, 3).long()}, TypeError, "background is torch.int64"),
-        ({"background": torch.zeros(3, 3)}, ValueError, "shape (3, 3) on cpu; it must be (2, 3)"),
-        ({"background": torch.zeros(2, 3, device="meta")}, ValueError, "on meta; it must be"),
+        (
+            {"background": torch.zeros(3, 3)},
+            ValueError,
+            "background has shape (3, 3); it must be (2, 3)",
+        ),
+        (
+            {"background": torch.zeros(2, 3, device="meta")},
+            ValueError,
+            "background is on meta; it must be on cpu, as rgba",
+        ),
     ],
 )
 def test_wrong_arguments_of_compose(options, error, message):
@@ -404,9 +412,13 @@ def test_wrong_arguments_of_compose(options, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rgba": RGBA.float()}, TypeError, "rgba is torch.float32; it must be torch.uint8"),
-        ({"draws": torch.zeros(2, 3)}, ValueError, f"shape (2, 3) on cpu; it must be (2, {DRAWS})"),
-        ({"draws": torch.zeros(1, DRAWS)}, ValueError, f"draws has the shape (1, {DRAWS})"),
+        ({"rgba": RGBA.float()}, TypeError, "rgba is torch.float32; it must be of uint8"),
+        (
+            {"draws": torch.zeros(2, 3)},
+            ValueError,
+            f"draws has shape (2, 3); it must be (2, {DRAWS})",
+        ),
+        ({"draws": torch.zeros(1, DRAWS)}, ValueError, f"draws has shape (1, {DRAWS})"),
         ({"draws": torch.zeros(2, DRAWS).long()}, TypeError, "draws is torch.int64"),
         ({"strength": 2.1}, ValueError, "strength=2.1 must lie in [0, 2]"),
         ({"strength": -0.1}, ValueError, "strength=-0.1 must lie in [0, 2]"),

@@ -121,3 +121,30 @@ def test_spreads_and_counts_of_numpy():
     q = torch.randn(1, 3, 2, 8)
     found = siglip_lib.attend(q, q, q, scale=np.float32(0.5), dropout=np.float64(0))
     assert torch.equal(found, siglip_lib.attend(q, q, q, scale=0.5))
+
+
+X = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "error", "message"),
+    [
+        ([1.0], {}, TypeError, "x must be a tensor (B, 3) or (), not list; h"),
+        (X.bool(), {}, TypeError, "x is torch.bool; it must be of float16, bfloat"),
+        (X, {"dtypes": checks.INTEGERS}, TypeError, "x is torch.float32; it must be of integers; h"),
+        (torch.ones(2, 4), {}, ValueError, "x has shape (2, 4); it must be (B, 3) or (); h"),
+        (torch.ones(3), {}, ValueError, "(B, 3) or (); x[None] makes a batch of one; h"),
+        (torch.ones(0, 3), {"empty": False}, ValueError, "must be (B, 3) or (), each at least 1; h"),
+        (X, {"like": ("y", X.to("meta"))}, ValueError, "x is on cpu; it must be on meta, as y is"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_not_as_described(given, options, error, message):
+    with pytest.raises(error) as caught:
+        checks.check_tensor("x", given, ("B", 3), (), hint="h", **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("x", [X[:0], X.double(), X[0, 0]])
+def test_tensors_as_described(x):
+    assert checks.check_tensor("x", x, ("B", 3), (), like=("x", x)) == tuple(x.shape)
+    assert checks.check_tensor("x", x.long(), dtypes=checks.NUMBERS) == tuple(x.shape)

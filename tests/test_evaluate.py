@@ -149,14 +149,19 @@ BROKEN = [
     ("queries", 2 * torch.eye(3), ValueError, "queries holds a vector of length 2; all must be of"),
     ("gallery", torch.eye(3) * 0.98, ValueError, "gallery holds a vector of length 0.98"),
     ("gallery", torch.zeros(3, 3), ValueError, "gallery holds a vector of length 0"),
-    ("queries", torch.zeros(0, 3), ValueError, "queries has shape (0, 3); it must be (number, D)"),
+    ("queries", torch.zeros(0, 3), ValueError, "queries has shape (0, 3); it must be (Q, D), each"),
     ("gallery", torch.zeros(0, 3), ValueError, "gallery has shape (0, 3)"),
     ("queries", torch.ones(3), ValueError, "queries has shape (3,)"),
-    ("gallery", torch.eye(4)[:3], ValueError, "queries are 3 wide and gallery is 4"),
-    ("queries", torch.eye(3).long(), TypeError, "queries is torch.int64; it must hold floats"),
+    ("gallery", torch.eye(4)[:3], ValueError, "gallery has shape (3, 4); it must be (G, 3)"),
+    ("queries", torch.eye(3).long(), TypeError, "queries is torch.int64; it must be of float"),
     ("query_ids", torch.arange(4), ValueError, "query_ids has shape (4,); it must be (3,)"),
     ("gallery_ids", torch.arange(2), ValueError, "gallery_ids has shape (2,); it must be (3,)"),
-    ("gallery_ids", torch.arange(3.0), TypeError, "gallery_ids is torch.float32; it must hold int"),
+    (
+        "gallery_ids",
+        torch.arange(3.0),
+        TypeError,
+        "gallery_ids is torch.float32; it must be of int",
+    ),
     ("query_ids", torch.tensor([0, 7, 8]), ValueError, "query_ids: 2 of 3 have no right answer in"),
 ]
 

@@ -398,17 +398,21 @@ RIGHT = {"image": X, "text": X, "logit_scale": S, "logit_bias": S}
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"image": [[1.0]]}, TypeError, "image must be a tensor, not list"),
+        ({"image": [[1.0]]}, TypeError, "image must be a tensor (B, D), not list"),
         (
             {"image": X.long()},
             TypeError,
-            "image is torch.int64; allowed are float16, bfloat16, float32, float64",
+            "image is torch.int64; it must be of float16, bfloat16, float32, float64",
         ),
-        ({"image": X[0]}, ValueError, "image has shape (3,); it must be (B, D), each at least 1"),
+        (
+            {"image": X[0]},
+            ValueError,
+            "image has shape (3,); it must be (B, D), each at least 1; image[None] makes a batch of one",
+        ),
         (
             {"text": X[None]},
             ValueError,
-            "text has shape (1, 4, 3); it must be (M, D), each at least 1",
+            "text has shape (1, 4, 3); it must be (M, 3), each at least 1",
         ),
         (
             {"image": X[:0]},
@@ -418,9 +422,13 @@ RIGHT = {"image": X, "text": X, "logit_scale": S, "logit_bias": S}
         (
             {"text": X[:, :0]},
             ValueError,
-            "text has shape (4, 0); it must be (M, D), each at least 1",
+            "text has shape (4, 0); it must be (M, 3), each at least 1",
         ),
-        ({"text": X[:, :2]}, ValueError, "text has shape (4, 2); it must be (M, 3)"),
+        (
+            {"text": X[:, :2]},
+            ValueError,
+            "text has shape (4, 2); it must be (M, 3), each at least 1",
+        ),
         (
             {"text": X.double()},
             TypeError,
@@ -432,7 +440,7 @@ RIGHT = {"image": X, "text": X, "logit_scale": S, "logit_bias": S}
             "text is on meta; it must be on cpu, as image is",
         ),
         ({"text": X[:3]}, ValueError, "text has 3 rows; without ids it must have 4, as image has"),
-        ({"logit_scale": 1.0}, TypeError, "logit_scale must be a tensor, not float"),
+        ({"logit_scale": 1.0}, TypeError, "logit_scale must be a tensor () or (1,), not float"),
         (
             {"logit_scale": S.expand(2)},
             ValueError,
@@ -441,14 +449,14 @@ RIGHT = {"image": X, "text": X, "logit_scale": S, "logit_bias": S}
         (
             {"logit_scale": S.long()},
             TypeError,
-            "logit_scale is torch.int64; allowed are float16, bfloat16, float32, float64",
+            "logit_scale is torch.int64; it must be of float16, bfloat16, float32, float64",
         ),
         (
             {"logit_scale": S.to("meta")},
             ValueError,
             "logit_scale is on meta; it must be on cpu, as image is",
         ),
-        ({"logit_bias": None}, TypeError, "logit_bias must be a tensor, not NoneType"),
+        ({"logit_bias": None}, TypeError, "logit_bias must be a tensor () or (1,), not NoneType"),
         (
             {"logit_bias": S.expand(4)},
             ValueError,
@@ -469,7 +477,7 @@ RIGHT = {"image": X, "text": X, "logit_scale": S, "logit_bias": S}
         (
             {"image_ids": [0, 1, 2, 3], "text_ids": I},
             TypeError,
-            "image_ids must be a tensor, not list",
+            "image_ids must be a tensor (4,), not list",
         ),
         (
             {"image_ids": I, "text_ids": I.float()},
@@ -539,7 +547,7 @@ def test_softmax_in_float32(dtype):
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"image": X.long()}, TypeError, "image is torch.int64; allowed are float16"),
+        ({"image": X.long()}, TypeError, "image is torch.int64; it must be of float16"),
         ({"text": X.half()}, TypeError, "text is torch.float16; it must be torch.float32"),
         ({"text": X[:3]}, ValueError, "text has 3 rows; it must have 4, as image has"),
         (

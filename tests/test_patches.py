@@ -226,8 +226,8 @@ DYNAMIC = {"strict_img_size": False}
         ({}, (1, 3, 24, 32), "24 x 32 pixels, the model is built for 24 x 24; dynamic_img_size"),
         (DYNAMIC, (1, 3, 24, 30), "24 x 30 pixels; both must be multiples of the patch, 8 x 8"),
         (DYNAMIC, (1, 3, 30, 24), "30 x 24 pixels; both must be multiples of the patch, 8 x 8"),
-        (DYNAMIC, (1, 3, 0, 24), "pictures of 0 x 24 pixels hold no patch"),
-        (DYNAMIC | {"dynamic_img_pad": True}, (1, 3, 24, 0), "24 x 0 pixels hold no patch"),
+        (DYNAMIC, (1, 3, 0, 24), "pictures are 0 x 24 pixels, which hold no patch"),
+        (DYNAMIC | {"dynamic_img_pad": True}, (1, 3, 24, 0), "24 x 0 pixels, which hold no patch"),
     ],
 )
 def test_wrong_pictures(options, shape, message):
@@ -240,14 +240,14 @@ def test_wrong_pictures(options, shape, message):
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        ([[0.0]], TypeError, "pictures: list found; it must be a tensor of floats, (B, "),
+        ([[0.0]], TypeError, "pictures must be a tensor (B, "),
         (
             torch.ones(2, 3, 24, 24).byte(),
             TypeError,
-            "pictures: torch.uint8 found; it must be a te",
+            "pictures is torch.uint8; it must be of fl",
         ),
         (torch.ones(3, 24, 24), ValueError, "H, W); pictures[None] makes a batch of one"),
-        (torch.ones(24), ValueError, "pictures have shape (24,); it must be (B, "),
+        (torch.ones(24), ValueError, "pictures has shape (24,); it must be (B, "),
     ],
 )
 def test_what_are_no_pictures(x, error, message, wrapped):
@@ -297,8 +297,12 @@ def test_resampling_to_the_same_grid_gives_the_tensor_itself(old):
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((1, 16, 6), {}, "with 1 prefix tokens and a grid of 4 x 4 it must be (1, 17, D)"),
-        ((1, 17, 6), {"old_size": (4, 5)}, "a grid of 4 x 5 it must be (1, 21, D)"),
+        ((1, 16, 6), {}, "it must be (1, 17, D); 1 prefix tokens and a grid of 4 x 4"),
+        (
+            (1, 17, 6),
+            {"old_size": (4, 5)},
+            "it must be (1, 21, D); 1 prefix tokens and a grid of 4 x 5",
+        ),
         ((2, 17, 6), {}, "posemb has shape (2, 17, 6)"),
         ((1, 17), {}, "posemb has shape (1, 17)"),
     ],

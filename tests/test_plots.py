@@ -84,7 +84,7 @@ def test_pictures_are_384_pixels_wide_unless_told_and_differ():
 
 def test_unknown_picture():
     with pytest.raises(
-        ValueError, match="name='dog' is unknown; allowed are cat, coffee, astronaut"
+        ValueError, match="name='dog' is unknown; allowed are 'cat', 'coffee', 'astronaut'"
     ):
         picture("dog")
 
@@ -146,8 +146,13 @@ def test_attention_on_a_grid_that_is_no_square():
     [
         (torch.ones(8), (8, 8), None, "weights has 8 entries; it must be a square number"),
         (torch.ones(36), (90, 40), None, "the picture of 90 x 40 pixels a square, or the weights"),
-        (torch.ones(1, 6, 6), (8, 8), None, "weights has shape (1, 6, 6); it must be (rows, colu"),
-        (torch.ones(0), (8, 8), None, "weights has shape (0,); it must be (rows, columns)"),
+        (
+            torch.ones(1, 6, 6),
+            (8, 8),
+            None,
+            "weights has shape (1, 6, 6); it must be (N,) or (rows, colu",
+        ),
+        (torch.ones(0), (8, 8), None, "weights has shape (0,); it must be (N,) or (rows, columns)"),
         (torch.ones(4), (8, 8), 4, "token=4 must lie in 0 to 3"),
         (torch.ones(2, 2), (8, 8), -1, "token=-1 must lie in 0 to 3"),
     ],

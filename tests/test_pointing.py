@@ -121,10 +121,18 @@ PICTURES, CONCEPT = rectangles(4)
         ({"grid": 0}, ValueError, "grid=0 must be at least 1"),
         ({"grid": 3, "size": 48}, ValueError, "concept holds 4 different ones; grid=3 needs 9"),
         ({"size": 63}, ValueError, "size=63 must be a multiple of grid=2"),
-        ({"pictures": PICTURES.float()}, TypeError, "pictures are torch.float32 and concept is"),
-        ({"concept": CONCEPT.int()}, TypeError, "concept is torch.int32; they must be uint8 and i"),
-        ({"pictures": PICTURES[:, :3]}, ValueError, "pictures have shape (4, 3, 64, 64)"),
-        ({"concept": CONCEPT[:3]}, ValueError, "concept (3,); they must be (n, 4, H, W) and (n,)"),
+        (
+            {"pictures": PICTURES.float()},
+            TypeError,
+            "pictures is torch.float32; it must be of uint8",
+        ),
+        ({"concept": CONCEPT.int()}, TypeError, "concept is torch.int32; it must be of int64"),
+        (
+            {"pictures": PICTURES[:, :3]},
+            ValueError,
+            "pictures has shape (4, 3, 64, 64); it must be (n, 4, H, W)",
+        ),
+        ({"concept": CONCEPT[:3]}, ValueError, "concept has shape (3,); it must be (4,)"),
         ({"pictures": PICTURES * 0}, ValueError, "pictures hold one without a visible pixel"),
     ],
 )
@@ -193,10 +201,10 @@ GOOD = {"maps": torch.ones(2, 3, 4), "boxes": torch.tensor([[0, 0, 9, 9.0]] * 2)
     [
         ({"maps": torch.tensor([[[0.0, math.nan]], [[1.0, 0.0]]])}, "maps: 1 of 2 hold NaN"),
         ({"maps": torch.full((2, 3, 4), math.inf)}, "maps: 2 of 2 hold NaN or infinity"),
-        ({"maps": torch.ones(2, 12)}, "maps have shape (2, 12); it must be (B, rows, columns)"),
-        ({"maps": torch.ones(0, 3, 4)}, "maps have shape (0, 3, 4)"),
+        ({"maps": torch.ones(2, 12)}, "maps has shape (2, 12); it must be (B, rows, columns)"),
+        ({"maps": torch.ones(0, 3, 4)}, "maps has shape (0, 3, 4)"),
         ({"maps": torch.ones(3, 3, 4)}, "there are 2 boxes for 3 maps"),
-        ({"boxes": torch.ones(2, 3)}, "boxes have shape (2, 3); it must be (B, 4)"),
+        ({"boxes": torch.ones(2, 3)}, "boxes has shape (2, 3); it must be (B, 4)"),
         (
             {"boxes": torch.tensor([[0, 0, 9, 9], [5, 0, 5, 9.0]])},
             "boxes hold [5.0, 0.0, 5.0, 9.0]",
@@ -215,7 +223,7 @@ def test_pointing_refuses(options, message):
 def test_chance_refuses():
     with pytest.raises(ValueError, match="grid=0 must be at least 1"):
         chance(GOOD["boxes"], 40, 0)
-    with pytest.raises(ValueError, match="boxes have shape"):
+    with pytest.raises(ValueError, match="boxes has shape"):
         chance(torch.zeros(0, 4), 40, 8)
 
 

@@ -53,7 +53,7 @@ WRONG = {  # what one rank of three gives beside X, X, S, S; what it raises, and
     ),
     "no tensor": (
         {"text": [1.0]},
-        "TypeError: text must be a tensor, not list",
+        "TypeError: text must be a tensor (M, 3), not list",
         "ValueError: the arguments of rank 1 were refused there",
     ),
     "shape": (

@@ -32,9 +32,8 @@ from siglip_lib.siglip.config_json import (
     known_settings,
     read_config,
 )
-from siglip_lib.siglip.embed import embed_pictures
 from siglip_lib.siglip.folder import load_siglip, save_siglip
-from siglip_lib.siglip.model import SigLIP, SigLIPConfig
+from siglip_lib.siglip.model import SigLIP, SigLIPConfig, embed_pictures
 from siglip_lib.siglip.text import Tokenizer, train_tokenizer
 
 CONFIG = SigLIPConfig(

@@ -223,7 +223,7 @@ def test_another_depth_counts_for_the_selection(tiny):
         (
             {"model_name": "siglip_huge"},
             ValueError,
-            "'siglip_huge' is unknown; allowed are siglip_b",
+            "'siglip_huge' is unknown; allowed are 'siglip_b",
         ),
         ({"model_name": "siglip_so400m_patch14"}, ValueError, "siglip_so400m_patch14_384"),
         ({"drop_path": 0.1}, TypeError, "unexpected keyword argument 'drop_path'"),

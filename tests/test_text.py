@@ -77,9 +77,7 @@ def test_outputs_and_gradients_are_transformers():
 
 @pytest.mark.parametrize("shape", [(7,), (2, 6), (2, 8), (1, 2, 7)])
 def test_a_text_has_as_many_tokens_as_positions(shape):
-    with pytest.raises(
-        ValueError, match=re.escape(f"tokens have shape {shape}; it must be (B, 7)")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"tokens has shape {shape}; it must be (B, 7)")):
         TextTransformer(**SIZES, mlp_ratio=2.0)(torch.ones(shape, dtype=torch.int64))
 
 
@@ -162,8 +160,8 @@ def test_big_visions_own_rule():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (["a cat"], "tokens: list found; it must be a tensor of integers, (B, 8), such as a Token"),
-        (torch.ones(2, 8), "tokens: torch.float32 found; it must be a tensor of integers, (B, 8)"),
+        (["a cat"], "tokens must be a tensor (B, 8), not list; a Tokenizer makes such"),
+        (torch.ones(2, 8), "tokens is torch.float32; it must be of integers; a Tokenizer"),
     ],
 )
 def test_what_are_no_token_ids(tokens, message):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from siglip_lib import SigLIP, Tokenizer, load_siglip, recall
 from siglip_lib.data.augmentation import augment
 from siglip_lib.data.emoji64 import captions, load_emoji64, split
-from siglip_lib.siglip.embed import embed_pictures, embed_texts
-from siglip_lib.siglip.shipped import EMOJI64_SIGLIP, EMOJI64_VECTORS, EMOJI64_WEIGHTS
+from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_VECTORS, EMOJI64_WEIGHTS
+from siglip_lib.siglip.model import embed_pictures, embed_texts
 from siglip_lib.train.batches import Batches
 from siglip_lib.train.recipe import TrainConfig, schedule
 from siglip_lib.train.training import Diverged, Training

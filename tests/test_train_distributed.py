@@ -33,7 +33,7 @@ import siglip_lib.train.stored as stored_module
 import siglip_lib.train.training as train
 from siglip_lib import SigLIP, Tokenizer, load_siglip
 from siglip_lib.data.emoji64 import Emoji64, load_emoji64, split
-from siglip_lib.siglip.shipped import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
+from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
 from siglip_lib.train.__main__ import _SIGNALS, _Metrics, _Stop, main
 from siglip_lib.train.batches import Batches
 from siglip_lib.train.distributed import PARALLEL, DistributedTraining

@@ -240,10 +240,10 @@ def test_wrong_arguments_leave_the_tensor_as_it_was(arguments, error, message):
 
 def test_wrong_tensors():
     integers = torch.full((3,), 7)
-    with pytest.raises(TypeError, match=r"tensor is torch.int64; allowed are tensors of float16"):
+    with pytest.raises(TypeError, match=r"tensor is torch.int64; it must be of float16"):
         trunc_normal_(integers)
     assert (integers == 7).all()
-    with pytest.raises(TypeError, match="tensor is list; allowed are tensors of float16"):
+    with pytest.raises(TypeError, match="tensor must be a tensor, not list"):
         trunc_normal_([1.0])
 
 

@@ -905,7 +905,7 @@ def test_a_stage_is_not_divided_again():
         ({"num_classes": None}, TypeError, "num_classes=None must be an int"),
         ({"reg_tokens": -1}, ValueError, "reg_tokens=-1 must be at least 0"),
         ({"mlp_ratio": math.nan}, ValueError, "mlp_ratio=nan must be finite"),
-        ({"global_pool": "max"}, ValueError, "global_pool='max' is unknown; allowed are ('token'"),
+        ({"global_pool": "max"}, ValueError, "global_pool='max' is unknown; allowed are 'token'"),
         ({"class_token": False}, ValueError, "global_pool='token' needs class_token=True"),
         ({"weight_init": "he"}, ValueError, "weight_init='he' is unknown; allowed are '', 'jax'"),
         ({"num_recomputing_layers": 3}, ValueError, "num_recomputing_layers=3; depth is 2"),
@@ -965,22 +965,22 @@ ENTRIES = {
         (
             [1.0],
             TypeError,
-            "pictures: list found; it must be a tensor of floats, (B, 3, H, W), such as",
+            "pictures must be a tensor (B, 3, H, W), not list; preprocess makes such",
         ),
         (
             Image.new("RGB", (24, 24)),
             TypeError,
-            "pictures: Image found; it must be a tensor of float",
+            "pictures must be a tensor (B, 3, H, W), not Image",
         ),
         (
             np.zeros((1, 3, 24, 24)),
             TypeError,
-            "pictures: ndarray found; it must be a tensor of floats",
+            "pictures must be a tensor (B, 3, H, W), not ndarray",
         ),
         (
             torch.zeros(1, 3, 24, 24).byte(),
             TypeError,
-            "torch.uint8 found; it must be a tensor of flo",
+            "pictures is torch.uint8; it must be of float16",
         ),
     ],
     ids=lambda value: type(value).__name__,
@@ -996,8 +996,8 @@ def test_what_are_no_pictures(x, error, message, entry):
     [
         (torch.zeros(9, 24), ValueError, "x has shape (9, 24); it must be (B, N, 24)"),
         (torch.zeros(2, 9, 23), ValueError, "x has shape (2, 9, 23); it must be (B, N, 24)"),
-        ([1.0], TypeError, "x: list found; it must be a tensor of floats, (B, N, 24)"),
-        (torch.zeros(2, 9, 24).int(), TypeError, "x: torch.int32 found; it must be a tensor of"),
+        ([1.0], TypeError, "x must be a tensor (B, N, 24), not list"),
+        (torch.zeros(2, 9, 24).int(), TypeError, "x is torch.int32; it must be of float16, bfl"),
     ],
 )
 def test_what_are_no_tokens(x, error, message):

@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from siglip_lib import VisionTransformer, attention_maps, attention_viewer, search_box
-from siglip_lib.siglip.embed import embed_texts
-from siglip_lib.siglip.model import SigLIP, SigLIPConfig
+from siglip_lib.siglip.model import SigLIP, SigLIPConfig, embed_texts
 from siglip_lib.siglip.text import Tokenizer, train_tokenizer
 
 TITLES = ["a red apple", "two dogs", "pizza & cheese", '<i>the "moon"</i>', "a cat", "a rocket"]
@@ -101,9 +100,9 @@ def test_vectors_of_another_dtype(model, tokenizer, vectors):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"vectors": torch.ones(6, 24)}, ValueError, "have shape (6, 24); it must be (n, 48)"),
-        ({"vectors": torch.ones(48)}, ValueError, "vectors have shape (48,); it must be (n, 48)"),
-        ({"vectors": torch.ones(0, 48)}, ValueError, "vectors have shape (0, 48)"),
+        ({"vectors": torch.ones(6, 24)}, ValueError, "has shape (6, 24); it must be (n, 48)"),
+        ({"vectors": torch.ones(48)}, ValueError, "vectors has shape (48,); it must be (n, 48)"),
+        ({"vectors": torch.ones(0, 48)}, ValueError, "vectors has shape (0, 48)"),
         ({"vectors": torch.ones(6, 48)}, ValueError, "vectors holds one whose length is not 1"),
         (
             {"vectors": torch.full((6, 48), torch.nan)},
@@ -319,7 +318,7 @@ def test_the_text_that_a_notebook_stores_is_always_the_same(model, tokenizer, ve
     ("options", "pixels", "names", "message"),
     [
         ({"global_pool": "avg"}, PIXELS, None, "these maps need a pooling head, 'map'"),
-        ({}, PIXELS[0], None, "pixels have shape (3, 24, 32); it must be (B, C, H, W)"),
+        ({}, PIXELS[0], None, "pixels has shape (3, 24, 32); it must be (B, C, H, W)"),
         ({"in_chans": 1}, PIXELS[:, :1], None, "shape (2, 1, 24, 32); it must be (B, 3, H, W)"),
         ({}, PIXELS[..., :24], None, "pictures are 24 x 24 pixels, the model is built for"),
         ({}, PIXELS, ["black"], "names has 1 entries; pixels holds 2 pictures"),

@@ -36,11 +36,10 @@ from train_emoji64 import shares
 from siglip_lib import create_siglip_vit, device_report
 from siglip_lib.data.emoji64 import load_emoji64, split
 from siglip_lib.launch import meeting
-from siglip_lib.siglip.embed import embed_pictures, embed_texts
+from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
 from siglip_lib.siglip.losses import sigmoid_loss
-from siglip_lib.siglip.model import SigLIP
+from siglip_lib.siglip.model import SigLIP, embed_pictures, embed_texts
 from siglip_lib.siglip.ring_loss import ring_sigmoid_loss
-from siglip_lib.siglip.shipped import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
 from siglip_lib.siglip.text import Tokenizer
 from siglip_lib.train.distributed import DistributedTraining
 from siglip_lib.train.recipe import TrainConfig

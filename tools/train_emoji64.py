@@ -23,10 +23,14 @@ from tqdm import tqdm
 
 from siglip_lib.data.emoji64 import Emoji64, captions, load_emoji64, split
 from siglip_lib.evaluate.retrieval import Share, recall
-from siglip_lib.siglip.embed import embed_pictures, embed_texts
-from siglip_lib.siglip.folder import load_siglip, save_siglip
-from siglip_lib.siglip.model import SigLIP
-from siglip_lib.siglip.shipped import EMOJI64_SIGLIP, EMOJI64_VECTORS, EMOJI64_WEIGHTS
+from siglip_lib.siglip.folder import (
+    EMOJI64_SIGLIP,
+    EMOJI64_VECTORS,
+    EMOJI64_WEIGHTS,
+    load_siglip,
+    save_siglip,
+)
+from siglip_lib.siglip.model import SigLIP, embed_pictures, embed_texts
 from siglip_lib.siglip.text import Tokenizer, train_tokenizer
 from siglip_lib.train.recipe import TrainConfig
 from siglip_lib.train.training import Training

@@ -7,6 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
+NUMBERS = (*INTEGERS, *FLOATS)
+
 
 def probability(name: str, value: float) -> float:
     """Return ``value`` if it lies in [0, 1), the range in which a dropout can rescale what it keeps."""
@@ -65,6 +72,16 @@ def plain_shape(x: Tensor) -> tuple[int, ...]:
         torch._C._set_tracing_state(state)
 
 
+def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
+    """Return ``value`` if it is one of the allowed."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ValueError(
+            f"{name}={value!r} is unknown; allowed are {', '.join(map(repr, allowed))}"
+        )
+    return value
+
+
 def finite_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError if elements are NaN or infinite. It begins with ``where`` and names a few of the tensors."""
     bad = [name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
@@ -73,31 +90,63 @@ def finite_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{where} NaN or infinite elements in {names}")
 
 
-def check_tensor(name: str, x: Tensor, shape: str, integers: bool = False) -> None:
-    """Raise a TypeError unless ``x`` is a tensor of floats, or of integers. Its message ends with ``shape``."""
-    kind = "integers" if integers else "floats"
+def check_tensor(
+    name: str,
+    x: Tensor,
+    *shapes: tuple[int | str, ...],
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    empty: bool = True,
+    like: tuple[str, Tensor] | None = None,
+    hint: str = "",
+) -> tuple[int, ...]:
+    """Return the shape of ``x`` in integers, as ``plain_shape`` does, if it is a tensor as described.
+
+    Args:
+        name: of the argument, for the message.
+        x: the tensor.
+        *shapes: the allowed ones; any if none is given. An integer is the size of its axis, a string names an axis
+            of any size, as in ``("B", 3, "H", "W")``.
+        dtypes: the allowed ones.
+        empty: whether an axis of any size may have the size 0.
+        like: the name of a tensor and that tensor, on whose device ``x`` must be; on any if None.
+        hint: end of the messages on type, dtype and shape, such as where one gets such a tensor.
+
+    Raises:
+        TypeError: ``x`` is no tensor, or of another dtype.
+        ValueError: it has another shape, or is on another device.
+    """
+    hint = hint and f"; {hint}"
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: {type(x).__name__} found; it must be a tensor of {kind}, {shape}")
-    if x.is_floating_point() == integers:
-        raise TypeError(f"{name}: {x.dtype} found; it must be a tensor of {kind}, {shape}")
+        allowed = f" {_joined_by_or(shapes)}" if shapes else ""
+        raise TypeError(f"{name} must be a tensor{allowed}, not {type(x).__name__}{hint}")
+    if x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        allowed = "integers" if dtypes == INTEGERS else names
+        raise TypeError(f"{name} is {x.dtype}; it must be of {allowed}{hint}")
+    found = plain_shape(x)
+    if shapes and not any(_fits(found, shape, empty) for shape in shapes):
+        if shapes[0][:1] == ("B",) and _fits((1, *found), shapes[0], empty):
+            hint = f"; {name}[None] makes a batch of one{hint}"
+        hint = hint if empty else f", each at least 1{hint}"
+        raise ValueError(f"{name} has shape {found}; it must be {_joined_by_or(shapes)}{hint}")
+    if like and x.device != like[1].device:
+        raise ValueError(
+            f"{name} is on {x.device}; it must be on {like[1].device}, as {like[0]} is"
+        )
+    return found
 
 
-def check_pictures(name: str, x: Tensor, channels: int | None = None) -> None:
-    """Raise an error unless ``x`` are pictures (B, channels, H, W), with any number of channels if None."""
-    wanted = f"(B, {channels or 'C'}, H, W)"
-    check_tensor(name, x, f"{wanted}, such as preprocess makes of pictures")
-    shape = plain_shape(x)
-    if len(shape) != 4 or (channels and shape[1] != channels):
-        batch = f"; {name}[None] makes a batch of one" if len(shape) == 3 else ""
-        raise ValueError(f"{name} have shape {shape}; it must be {wanted}{batch}")
+def _fits(found: tuple[int, ...], shape: tuple[int | str, ...], empty: bool) -> bool:
+    """Whether ``found`` is the described shape."""
+    if len(found) != len(shape):
+        return False
+    pairs = zip(found, shape, strict=True)
+    return all((empty or n > 0) if isinstance(m, str) else n == m for n, m in pairs)
 
 
-def check_tokens(name: str, x: Tensor, width: int) -> None:
-    """Raise an error unless ``x`` are tokens (B, N, width)."""
-    check_tensor(name, x, f"(B, N, {width})")
-    shape = plain_shape(x)
-    if len(shape) != 3 or shape[2] != width:
-        raise ValueError(f"{name} has shape {shape}; it must be (B, N, {width})")
+def _joined_by_or(shapes: tuple[tuple[int | str, ...], ...]) -> str:
+    """The shapes as a message shows them, such as ``(B, 3) or (3,)``."""
+    return " or ".join(str(shape).replace("'", "") for shape in shapes)
 
 
 def join_names(names: Iterable[str], most: int = 20) -> str:

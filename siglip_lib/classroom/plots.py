@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from siglip_lib.base.checks import NUMBERS, check_tensor, one_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -79,9 +81,8 @@ def picture(name: str, size: int = 384) -> Image:
     """Return one of the shipped photographs, RGB, ``size`` by ``size`` pixels: cat, coffee or astronaut."""
     from PIL import Image
 
-    if name not in PICTURES:
-        raise ValueError(f"name={name!r} is unknown; allowed are {', '.join(PICTURES)}")
-    with Image.open(Path(__file__).parent / "pictures" / f"{name}.jpg") as image:
+    path = Path(__file__).parent / "pictures" / f"{one_of('name', name, PICTURES)}.jpg"
+    with Image.open(path) as image:
         return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
 
 
@@ -115,15 +116,13 @@ def show_attention(
     """
     width, height = image.size
     side = math.isqrt(weights.numel())
-    flat = weights.ndim == 1
+    shapes = ("N",), ("rows", "columns")
+    flat = len(check_tensor("weights", weights, *shapes, dtypes=NUMBERS, empty=False)) == 1
     if flat and (side * side != weights.numel() or width != height):
-        wanted = (
-            f"a square number of patches, and the picture of {width} x {height} pixels a square"
+        raise ValueError(
+            f"weights has {weights.numel()} entries; it must be a square number of patches, and the picture of "
+            f"{width} x {height} pixels a square, or the weights (rows, columns)"
         )
-        wanted = f"it must be {wanted}, or the weights (rows, columns)"
-        raise ValueError(f"weights has {weights.numel()} entries; {wanted}")
-    if weights.ndim not in (1, 2) or not weights.numel():
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be (rows, columns)")
     rows, columns = (side, side) if flat else weights.shape
     grid = weights.detach().float().cpu().reshape(rows, columns)
     if token is not None and not 0 <= token < grid.numel():

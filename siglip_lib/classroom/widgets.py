@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_lib.base.checks import finite_tensors, positive_int
+from siglip_lib.base.checks import check_tensor, finite_tensors, positive_int
 from siglip_lib.classroom.plots import COLOURS
 from siglip_lib.evaluate.explain import check_tower, evaluation_mode
 from siglip_lib.evaluate.maps import attention_maps
-from siglip_lib.siglip.embed import embed_texts
-from siglip_lib.siglip.model import SigLIP
+from siglip_lib.siglip.model import SigLIP, embed_texts
 from siglip_lib.siglip.text import Tokenizer, canonicalize
 from siglip_lib.tower.vision_transformer import VisionTransformer
 
@@ -72,16 +71,14 @@ def search_box(
         query: what the field holds at first.
 
     Raises:
-        TypeError: pictures can't be called, or count is no int.
+        TypeError: vectors are no floats, pictures can't be called, or count is no int.
         ValueError: vectors of another shape or length or with NaN, a number of titles that is not n, a count above n,
             or a model that gives a text NaN.
     """
     from ipywidgets import HTML, Layout, Text, VBox
 
-    n, width = len(vectors), model.config.width
-    if vectors.shape != (n, width) or not n:
-        wanted = f"it must be (n, {width}), as wide as the model's"
-        raise ValueError(f"vectors have shape {tuple(vectors.shape)}; {wanted}")
+    shape = "n", model.config.width
+    n, _ = check_tensor("vectors", vectors, shape, empty=False, hint="as wide as the model's")
     finite_tensors("search_box refuses", {"vectors": vectors})
     if not ((vectors.float().norm(dim=1) - 1).abs() < 0.01).all():  # bfloat16 rounds to 0.004
         raise ValueError("vectors holds one whose length is not 1; divide each by its length")
@@ -143,15 +140,12 @@ def attention_viewer(
         names: B names to choose pictures by; their numbers if None.
 
     Raises:
-        TypeError: the tower is no ``VisionTransformer``.
-        ValueError: the tower has no pooling head or is a stage of a pipeline, the pictures' shape is wrong, or the
-            number of names is not B.
+        TypeError, ValueError: as for ``pool_attention``; the number of names is not B.
     """
     from ipywidgets import Dropdown, HBox, Layout, VBox
 
     tower = check_tower(tower, pixels)
-    if pixels.shape[1] != 3:
-        raise ValueError(f"pixels have shape {tuple(pixels.shape)}; it must be (B, 3, H, W)")
+    check_tensor("pixels", pixels, ("B", 3, "H", "W"))
     names = [f"picture {i}" for i in range(len(pixels))] if names is None else list(names)
     if len(names) != len(pixels):
         raise ValueError(f"names has {len(names)} entries; pixels holds {len(pixels)} pictures")

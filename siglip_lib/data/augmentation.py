@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_lib.base.checks import number
+from siglip_lib.base.checks import check_tensor, number
 
 Colour: TypeAlias = tuple[float, float, float]
 WHITE = (1.0, 1.0, 1.0)
@@ -55,9 +55,9 @@ def compose(rgba: Tensor, background: Tensor | Colour = WHITE) -> Tensor:
         TypeError: rgba is not uint8, background no floating-point tensor and no tuple of numbers.
         ValueError: another shape or device, or a colour out of range.
     """
-    _check_rgba(rgba)
+    check_tensor("rgba", rgba, ("B", 4, "H", "W"), dtypes=(torch.uint8,))
     if isinstance(background, Tensor):
-        _check_tensor("background", background, (len(rgba), 3), rgba.device)
+        check_tensor("background", background, (len(rgba), 3), like=("rgba", rgba))
         colour = background.float()
     else:
         for value in background:
@@ -89,8 +89,8 @@ def augment(rgba: Tensor, draws: Tensor, strength: float = 1.0) -> Tensor:
         TypeError: rgba is not uint8, draws not of floating point, strength no number.
         ValueError: another shape or device, or strength out of range.
     """
-    _check_rgba(rgba)
-    _check_tensor("draws", draws, (len(rgba), DRAWS), rgba.device)
+    check_tensor("rgba", rgba, ("B", 4, "H", "W"), dtypes=(torch.uint8,))
+    check_tensor("draws", draws, (len(rgba), DRAWS), like=("rgba", rgba))
     strength = number("strength", strength)
     if not 0 <= strength <= 2:
         raise ValueError(f"strength={strength!r} must lie in [0, 2]")
@@ -119,12 +119,8 @@ def _on_background(pictures: Tensor, colour: Tensor) -> Tensor:
     return (2 * shown - 1).clamp(-1, 1)  # where operations are fused, rounding may lead out
 
 
-def _either_way(draw: Tensor) -> Tensor:
-    """Map draws from [0, 1) to [-1, 1)."""
-    return 2 * draw - 1
-
-
-def _between(draw: Tensor, low: float, high: float) -> Tensor:
+def _between(draw: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
+    """Map draws from [0, 1) to [low, high), either way of 0 if none is given."""
     return low + (high - low) * draw
 
 
@@ -136,10 +132,10 @@ def _wide(values: Tensor) -> Tensor:
 def _moved(pictures: Tensor, drawn: dict[str, Tensor], strength: float) -> Tensor:
     """Scale, shear, turn and shift."""
     scale = 1 + strength * (_between(drawn["scale"], *SCALE) - 1)
-    stretch = (strength * ASPECT / 2 * _either_way(drawn["aspect"])).exp()
+    stretch = (strength * ASPECT / 2 * _between(drawn["aspect"])).exp()
     across, down = scale * stretch, scale / stretch
-    shear = strength * SHEAR * _either_way(drawn["shear"])
-    angle = strength * math.radians(ROTATION) * _either_way(drawn["rotation"])
+    shear = strength * SHEAR * _between(drawn["shear"])
+    angle = strength * math.radians(ROTATION) * _between(drawn["rotation"])
     cos, sin = angle.cos(), angle.sin()
     # grid_sample asks of each place in the result where it comes from: the inverse of rotation @ shear @ scale
     xx, xy = (cos + shear * sin) / across, (sin - shear * cos) / across
@@ -148,7 +144,7 @@ def _moved(pictures: Tensor, drawn: dict[str, Tensor], strength: float) -> Tenso
     ratio = pictures.shape[2] / pictures.shape[3]
     xy, yx = xy * ratio, yx / ratio
     room = strength * SHIFT + (1 - scale).clamp(min=0)
-    right, below = room * _either_way(drawn["shift_x"]), room * _either_way(drawn["shift_y"])
+    right, below = room * _between(drawn["shift_x"]), room * _between(drawn["shift_y"])
     rows = [xx, xy, -(xx * right + xy * below), yx, yy, -(yx * right + yy * below)]
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), pictures.shape, align_corners=False)
     return F.grid_sample(pictures, grid, align_corners=False)
@@ -161,19 +157,19 @@ def _recoloured(pictures: Tensor, drawn: dict[str, Tensor], strength: float) -> 
     """
     colour, alpha = pictures[:, :3], pictures[:, 3:]
     # a rotation about the grey axis (Rodrigues); the difference of the rolled is the cross product with (1, 1, 1)
-    angle = _wide(strength * math.radians(HUE) * _either_way(drawn["hue"]))
+    angle = _wide(strength * math.radians(HUE) * _between(drawn["hue"]))
     turned = (colour.roll(1, 1) - colour.roll(-1, 1)) * angle.sin() / math.sqrt(3)
     mean = colour.mean(1, keepdim=True)
     colour = colour * angle.cos() + turned + mean * (1 - angle.cos())
 
     red, green, blue = colour.split(1, 1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    saturation = 1 + strength * SATURATION * _either_way(drawn["saturation"])
+    saturation = 1 + strength * SATURATION * _between(drawn["saturation"])
     saturation = saturation * (drawn["grey"] >= strength * GREY_RATE)
     colour = luma + (colour - luma) * _wide(saturation)
 
-    contrast = _wide(1 + strength * CONTRAST * _either_way(drawn["contrast"]))
-    brightness = _wide(strength * BRIGHTNESS * _either_way(drawn["brightness"]))
+    contrast = _wide(1 + strength * CONTRAST * _between(drawn["contrast"]))
+    brightness = _wide(strength * BRIGHTNESS * _between(drawn["brightness"]))
     colour = colour * contrast + alpha * (0.5 - 0.5 * contrast + brightness)
     return torch.cat([torch.minimum(colour.clamp(min=0), alpha), alpha], 1)
 
@@ -201,18 +197,3 @@ def _background(drawn: dict[str, Tensor], strength: float) -> Tensor:
     """Return a colour (B, 3) in [0, 1] for each picture: white, or any."""
     colour = torch.stack([drawn["red"], drawn["green"], drawn["blue"]], 1)
     return torch.where(drawn["background"][:, None] < strength * COLOUR_RATE, colour, 1.0)
-
-
-def _check_rgba(rgba: Tensor) -> None:
-    if rgba.dtype != torch.uint8:
-        raise TypeError(f"rgba is {rgba.dtype}; it must be torch.uint8")
-    if rgba.ndim != 4 or rgba.shape[1] != 4:
-        raise ValueError(f"rgba has the shape {tuple(rgba.shape)}; it must be (B, 4, H, W)")
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int], device: torch.device) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} is {tensor.dtype}; it must be of floating point")
-    if tensor.shape != shape or tensor.device != device:
-        found = f"has the shape {tuple(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"{name} {found}; it must be {shape} on {device}")

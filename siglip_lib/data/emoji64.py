@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip_lib.base.checks import count, positive_int
+from siglip_lib.base.checks import INTEGERS, check_tensor, count, one_of, positive_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,11 +46,7 @@ TEMPLATES = (
     "this is {}",
 )
 # the name stands first; without it a caption would be true of other concepts, too
-KEYWORD_TEMPLATES = (
-    "{}, {}",
-    "a picture of {}, {}",
-    "an emoji of {}, {}",
-)
+KEYWORD_TEMPLATES = ("{}, {}", "a picture of {}, {}", "an emoji of {}, {}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,9 +153,7 @@ def split(
         raise TypeError(f"vendors={vendors!r} must be a sequence of names, such as ({vendors!r},)")
     vendors = tuple(vendors)
     for name in vendors:
-        if name not in emoji.vendors:
-            allowed = ", ".join(emoji.vendors)
-            raise ValueError(f"vendors: {name!r} is unknown; allowed are {allowed}")
+        one_of("vendors", name, emoji.vendors)
     if not 0 < len(vendors) < len(emoji.vendors) or len(set(vendors)) < len(vendors):
         raise ValueError(f"vendors={vendors!r} must be different names, at least one and not all")
     if len(set(SAME_DESIGN) & set(vendors)) == 1:
@@ -225,14 +219,13 @@ def unique_batches(
         ``unique_batches(emoji.concept[train], ...)``, ``train[places]`` are the pictures.
 
     Raises:
-        TypeError: batch or steps is no int.
+        TypeError: concept holds no integers, or batch or steps is no int.
         ValueError: another shape or device, or a batch larger than the number of concepts.
     """
-    if concept.ndim != 1 or concept.is_floating_point() or concept.device.type != "cpu":
-        found = f"{concept.dtype} {tuple(concept.shape)} on {concept.device}"
-        raise ValueError(f"concept is {found}; it must be (n,) integers on the CPU")
-    if generator.device.type != "cpu":
-        raise ValueError(f"generator is on {generator.device}; it must be the CPU's")
+    check_tensor("concept", concept, ("n",), dtypes=INTEGERS)
+    for name, given in (("concept", concept), ("generator", generator)):
+        if given.device.type != "cpu":
+            raise ValueError(f"{name} is on {given.device}; it must be on the CPU")
     order = concept.argsort(stable=True)  # pictures of one concept side by side
     sizes = concept.unique(return_counts=True)[1]
     batch = positive_int("batch", batch)

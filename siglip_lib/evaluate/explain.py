@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siglip_lib.base.checks import check_pictures, check_tensor, finite, positive_int
+from siglip_lib.base.checks import check_tensor, finite, positive_int
 from siglip_lib.evaluate.maps import attention_layers, attention_maps, uncompiled
 from siglip_lib.storage.names import unwrapped
 from siglip_lib.tower.attention import attention_weights
@@ -149,8 +149,7 @@ def occlusion(
     Source: Zeiler and Fergus, Visualizing and Understanding Convolutional Networks (2014), section 4.2.
     """
     with evaluation_mode(check_tower(tower, pixels, text), pixels) as tower, torch.no_grad():
-        options = (window, stride, fill, batch_size)
-        covered = _over_windows(tower, pixels, text, options, alone=False)
+        covered = _over_windows(tower, pixels, text, window, stride, fill, batch_size, alone=False)
         parts = zip(pixels.split(batch_size), text.split(batch_size), strict=True)
         whole = torch.cat([_score(tower, tower.forward_features(x), t) for x, t in parts])  # (B,)
     return (whole[:, None, None] - covered).float()
@@ -177,18 +176,22 @@ def isolation(
     Source: Petsiuk et al., RISE (2018), section 3.1, with square windows in place of random masks.
     """
     with evaluation_mode(check_tower(tower, pixels, text), pixels) as tower, torch.no_grad():
-        options = (window, stride, fill, batch_size)
-        return _over_windows(tower, pixels, text, options, alone=True).float()
+        mean = _over_windows(tower, pixels, text, window, stride, fill, batch_size, alone=True)
+    return mean.float()
 
 
 def _over_windows(
-    tower: VisionTransformer, pixels: Tensor, text: Tensor, options: tuple, alone: bool
+    tower: VisionTransformer,
+    pixels: Tensor,
+    text: Tensor,
+    window: int,
+    stride: int,
+    fill: float | str,
+    batch_size: int,
+    *,
+    alone: bool,
 ) -> Tensor:
-    """Return for each patch the mean score over the windows around it, with each window covered, or all but it.
-
-    ``options`` are window, stride, fill and batch_size, as for ``occlusion``.
-    """
-    window, stride, fill, batch_size = options
+    """Return for each patch the mean score over the windows around it: with each covered, or all else if ``alone``."""
     height, width = pixels.shape[2:]
     window, stride = positive_int("window", window), positive_int("stride", stride)
     if window > min(height, width):
@@ -236,17 +239,11 @@ def check_tower(
         )
     if not (tower.is_first_stage and tower.is_last_stage):
         raise ValueError("tower is one stage of a pipeline; these maps need the whole")
-    check_pictures("pixels", pixels)
-    if 0 in pixels.shape:
-        raise ValueError(f"pixels have shape {tuple(pixels.shape)}, which holds nothing")
+    hint = "preprocess makes such of pictures"
+    check_tensor("pixels", pixels, ("B", "C", "H", "W"), empty=False, hint=hint)
     if text is None:
         return tower
-    check_tensor("text", text, f"({len(pixels)}, {tower.embed_dim})")
-    if text.shape != (len(pixels), tower.embed_dim):
-        raise ValueError(
-            f"text has shape {tuple(text.shape)}; it must be ({len(pixels)}, {tower.embed_dim}), "
-            "a vector for each picture"
-        )
+    check_tensor("text", text, (len(pixels), tower.embed_dim), hint="a vector for each picture")
     if not (text.isfinite().all() and text.any(1).all()):
         raise ValueError("text holds a vector that is zero or not finite")
     return tower

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -57,21 +57,14 @@ def attention_maps(
     maps = AttentionMaps()
 
     @torch.no_grad()
-    def store(
-        name: str, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
-    ) -> None:
+    def store(name: str, module: nn.Module, inputs: tuple, named: dict[str, Tensor]) -> None:
         maps[name] = module.attention_map(*inputs, **named)
 
-    handles = [
-        module.register_forward_pre_hook(partial(store, name), with_kwargs=True)
-        for name, module in (found[i] for i in chosen)
-    ]
-    try:
-        with uncompiled():
-            yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, uncompiled():
+        for name, module in (found[i] for i in chosen):
+            hook = module.register_forward_pre_hook(partial(store, name), with_kwargs=True)
+            hooks.enter_context(hook)
+        yield maps
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_lib.base.checks import pair, positive_int
+from siglip_lib.base.checks import NUMBERS, check_tensor, pair, positive_int
 from siglip_lib.data.augmentation import compose
 from siglip_lib.data.emoji64 import unique_batches
 from siglip_lib.evaluate.retrieval import Share
@@ -65,15 +65,8 @@ def make_scenes(
     objects = grid**2
     if size % grid:
         raise ValueError(f"size={size} must be a multiple of grid={grid}")
-    if pictures.dtype != torch.uint8 or concept.dtype != torch.int64:
-        raise TypeError(
-            f"pictures are {pictures.dtype} and concept is {concept.dtype}; they must be uint8 and int64"
-        )
-    if pictures.ndim != 4 or pictures.shape[1] != 4 or concept.shape != (len(pictures),):
-        raise ValueError(
-            f"pictures have shape {tuple(pictures.shape)} and concept {tuple(concept.shape)}; "
-            "they must be (n, 4, H, W) and (n,)"
-        )
+    check_tensor("pictures", pictures, ("n", 4, "H", "W"), dtypes=(torch.uint8,))
+    check_tensor("concept", concept, (len(pictures),), dtypes=(torch.int64,))
     different = len(concept.unique())
     if different < objects:
         raise ValueError(f"concept holds {different} different ones; grid={grid} needs {objects}")
@@ -111,10 +104,8 @@ def pointing(maps: Tensor, boxes: Tensor, size: int | tuple[int, int]) -> Share:
 
     Source: Zhang et al., Top-down Neural Attention by Excitation Backprop (2018), section 4.1.
     """
-    if maps.ndim != 3 or 0 in maps.shape:
-        raise ValueError(f"maps have shape {tuple(maps.shape)}; it must be (B, rows, columns)")
-    broken = int((~maps.isfinite()).flatten(1).any(1).sum())
-    if broken:
+    check_tensor("maps", maps, ("B", "rows", "columns"), dtypes=NUMBERS, empty=False)
+    if broken := int((~maps.isfinite()).flatten(1).any(1).sum()):
         raise ValueError(f"maps: {broken} of {len(maps)} hold NaN or infinity")
     if len(boxes) != len(maps):
         raise ValueError(f"there are {len(boxes)} boxes for {len(maps)} maps")
@@ -141,20 +132,18 @@ def _boxes(visible: Tensor) -> Tensor:
     if not visible.flatten(1).any(1).all():
         raise ValueError("pictures hold one without a visible pixel, which has no box")
     columns, rows = visible.any(1).byte(), visible.any(2).byte()
-    ends = [
+    x0, x1, y0, y1 = (
         edge
         for line in (columns, rows)  # argmax finds the first of the largest
         for edge in (line.argmax(1), line.shape[1] - line.flip(1).argmax(1))
-    ]
-    x0, x1, y0, y1 = ends
+    )
     return torch.stack((x0, y0, x1, y1), dim=1).float()
 
 
 def _inside(boxes: Tensor, size: int | tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """Whether the centre of each cell lies in the box: (B, rows, columns)."""
     height, width = pair("size", size)
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or not len(boxes):
-        raise ValueError(f"boxes have shape {tuple(boxes.shape)}; it must be (B, 4), B at least 1")
+    check_tensor("boxes", boxes, ("B", 4), dtypes=NUMBERS, empty=False)
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)  # each (B, 1)
     # written so that NaN raises as well
     fits = (x0 >= 0) & (y0 >= 0) & (x0 < x1) & (y0 < y1) & (x1 <= width) & (y1 <= height)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from siglip_lib.base.checks import count, positive_int
+from siglip_lib.base.checks import INTEGERS, check_tensor, count, positive_int
 
 # Similarities held at once: 64 MiB in float32.
 CHUNK = 2**24
@@ -80,13 +80,10 @@ def ranks(queries: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tens
             right answer.
         TypeError: vectors that are not floats, ids that are not integers.
     """
-    queries, gallery = _vectors("queries", queries), _vectors("gallery", gallery)
-    if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            f"queries are {queries.shape[1]} wide and gallery is {gallery.shape[1]}; both must be the same"
-        )
-    _ids("query_ids", query_ids, len(queries))
-    _ids("gallery_ids", gallery_ids, len(gallery))
+    queries = _vectors("queries", queries, ("Q", "D"))
+    gallery = _vectors("gallery", gallery, ("G", queries.shape[1]))
+    check_tensor("query_ids", query_ids, (len(queries),), dtypes=INTEGERS)
+    check_tensor("gallery_ids", gallery_ids, (len(gallery),), dtypes=INTEGERS)
     missing = query_ids[~torch.isin(query_ids, gallery_ids)]
     if len(missing):
         raise ValueError(
@@ -123,11 +120,7 @@ def recall(
 
 
 def zero_shot(
-    images: Tensor,
-    texts: Tensor,
-    image_ids: Tensor,
-    text_ids: Tensor,
-    groups: Sequence[str],
+    images: Tensor, texts: Tensor, image_ids: Tensor, text_ids: Tensor, groups: Sequence[str]
 ) -> dict[str, Share]:
     """Return, for each group of pictures, how many have their own text as the most similar of all texts.
 
@@ -156,16 +149,10 @@ def zero_shot(
     return {name: Share(sum(h), len(h)) for name, h in (by_group | {"all": hit}).items()}
 
 
-def _vectors(name: str, x: Tensor) -> Tensor:
+def _vectors(name: str, x: Tensor, shape: tuple[int | str, ...]) -> Tensor:
     """Return unit vectors in at least float32; raise an error for what is empty, not finite or of another length."""
-    if not x.is_floating_point():
-        raise TypeError(f"{name} is {x.dtype}; it must hold floats")
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; it must be (number, D), none of them 0"
-        )
-    if not x.isfinite().all():
-        bad = int((~x.isfinite()).any(1).sum())
+    check_tensor(name, x, shape, empty=False)
+    if bad := int((~x.isfinite()).any(1).sum()):
         raise ValueError(f"{name}: {bad} of {len(x)} vectors hold NaN or infinity")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     lengths = x.norm(dim=1)
@@ -173,10 +160,3 @@ def _vectors(name: str, x: Tensor) -> Tensor:
     if abs(worst - 1) > 1e-2:  # what was normalised in half precision is a few thousandths off
         raise ValueError(f"{name} holds a vector of length {worst:.4g}; all must be of unit length")
     return x
-
-
-def _ids(name: str, ids: Tensor, number: int) -> None:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} is {ids.dtype}; it must hold integers")
-    if ids.shape != (number,):
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}; it must be ({number},)")

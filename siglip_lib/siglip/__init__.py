@@ -1,12 +1,16 @@
 """SigLIP: image and text tower, its loss on one process and on many, its folder on disk, and the one that ships."""
 
-from siglip_lib.siglip.embed import embed_pictures, embed_texts
-from siglip_lib.siglip.folder import load_siglip, save_siglip
+from siglip_lib.siglip.folder import (
+    EMOJI64_SIGLIP,
+    EMOJI64_VECTORS,
+    EMOJI64_WEIGHTS,
+    load_siglip,
+    save_siglip,
+)
 from siglip_lib.siglip.loss_block import sigmoid_loss_block
 from siglip_lib.siglip.losses import sigmoid_loss, softmax_loss
-from siglip_lib.siglip.model import SigLIP, SigLIPConfig
+from siglip_lib.siglip.model import SigLIP, SigLIPConfig, embed_pictures, embed_texts
 from siglip_lib.siglip.ring_loss import ring_sigmoid_loss
-from siglip_lib.siglip.shipped import EMOJI64_SIGLIP, EMOJI64_VECTORS, EMOJI64_WEIGHTS
 from siglip_lib.siglip.text import TextTransformer, Tokenizer, train_tokenizer
 
 __all__ = [

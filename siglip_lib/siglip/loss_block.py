@@ -7,7 +7,8 @@ from torch import Tensor
 from siglip_lib.base.observers import takes_kernel
 from siglip_lib.base.offers import has_triton
 
-# pairs of a block, 128 MiB in float32: what is smaller stays in a GPU's cache from one plain pass to the next
+# pairs of a block, 128 MiB in float32, from which the kernel runs, in one pass over memory: what is smaller stays in a
+# GPU's cache from one plain pass to the next
 _LARGE = 2**25
 
 
@@ -42,7 +43,8 @@ def sigmoid_loss_block(
     # and what was at most 1 is at most 32768, which it still holds.
     unit = 2.0**-15 if image.dtype == torch.float16 else 1.0
     dtype = None if sums is None else image.dtype  # the products need one dtype
-    if _in_one_pass(dots):
+    large = dots.dtype == torch.float32 and dots.numel() >= _LARGE
+    if large and takes_kernel(dots) and has_triton():
         from siglip_lib.kernels.pair_losses import pair_losses as of_pairs
     else:
         of_pairs = _pair_losses
@@ -53,12 +55,6 @@ def sigmoid_loss_block(
         d_image.add_(_product(d_logits, text), alpha=unit)
         d_text.add_(_product(d_logits.t(), image), alpha=unit)
     return loss, d_bias
-
-
-def _in_one_pass(dots: Tensor) -> bool:
-    """Whether the kernel runs: on a GPU, where a block is so large that each pass over it goes to memory."""
-    large = dots.dtype == torch.float32 and dots.numel() >= _LARGE
-    return large and takes_kernel(dots) and has_triton()
 
 
 def _pair_losses(

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from siglip_lib.base.checks import INTEGERS, check_tensor
 from siglip_lib.siglip.loss_block import sigmoid_loss_block, wide_dtype
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Pairs(NamedTuple):
@@ -110,58 +109,26 @@ class LossSums:
 
 def check_pairs(pairs: Pairs) -> None:
     """Raise the errors of ``sigmoid_loss``, but for those of ``chunk``."""
-    image, text = pairs.image, pairs.text
-    check_vectors(image, text)
-    check_scalar("logit_scale", pairs.logit_scale, image)
-    check_scalar("logit_bias", pairs.logit_bias, image)
-    ids = {"image_ids": (pairs.image_ids, image), "text_ids": (pairs.text_ids, text)}
-    if pairs.image_ids is None and pairs.text_ids is None:
-        ids = {}
+    image, text, logit_scale, logit_bias, image_ids, text_ids = pairs
+    check_learned(image, text, logit_scale=logit_scale, logit_bias=logit_bias)
+    if image_ids is None and text_ids is None:
         if len(text) != len(image):
             raise ValueError(
                 f"text has {len(text)} rows; without ids it must have {len(image)}, as image has"
             )
-    for name, (value, vectors) in ids.items():
-        if value is None:
+        return
+    for name, ids, vectors in (("image_ids", image_ids, image), ("text_ids", text_ids, text)):
+        if ids is None:
             raise ValueError(f"{name}=None must be given, as the other ids are")
-        _check_tensor(name, value)
-        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(f"{name} is {value.dtype}; it must be of integers")
-        _check_shape(name, value, value.shape == (len(vectors),), f"({len(vectors)},)")
-        _check_device(name, value, image)
+        check_tensor(name, ids, (len(vectors),), dtypes=INTEGERS, like=("image", image))
 
 
-def check_vectors(image: Tensor, text: Tensor) -> None:
-    """Raise an error unless these are vectors (B, D) and (M, D) of one dtype on one device."""
-    for name, value, shape in (("image", image, "(B, D)"), ("text", text, "(M, D)")):
-        _check_tensor(name, value, floats=True)
-        fits = value.ndim == 2 and 0 not in value.shape
-        _check_shape(name, value, fits, f"{shape}, each at least 1")
-    _check_shape("text", text, text.shape[1] == image.shape[1], f"(M, {image.shape[1]})")
+def check_learned(image: Tensor, text: Tensor, **scalars: Tensor) -> None:
+    """Raise an error unless these are vectors (B, D) and (M, D) of one dtype and scalars, all on one device."""
+    _, width = check_tensor("image", image, ("B", "D"), empty=False)
+    like = "image", image
+    check_tensor("text", text, ("M", width), empty=False, like=like)
     if text.dtype != image.dtype:
         raise TypeError(f"text is {text.dtype}; it must be {image.dtype}, as image is")
-    _check_device("text", text, image)
-
-
-def check_scalar(name: str, value: Tensor, image: Tensor) -> None:
-    """Raise an error unless this is one floating-point element on the device of ``image``."""
-    _check_tensor(name, value, floats=True)
-    _check_shape(name, value, value.shape in ((), (1,)), "() or (1,)")
-    _check_device(name, value, image)
-
-
-def _check_tensor(name: str, value: Tensor, floats: bool = False) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
-    if floats and value.dtype not in _DTYPES:
-        raise TypeError(f"{name} is {value.dtype}; allowed are float16, bfloat16, float32, float64")
-
-
-def _check_shape(name: str, value: Tensor, fits: bool, wanted: str) -> None:
-    if not fits:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {wanted}")
-
-
-def _check_device(name: str, value: Tensor, image: Tensor) -> None:
-    if value.device != image.device:
-        raise ValueError(f"{name} is on {value.device}; it must be on {image.device}, as image is")
+    for name, value in scalars.items():
+        check_tensor(name, value, (), (1,), like=like)

@@ -10,9 +10,8 @@ from siglip_lib.siglip.loss_block import wide_dtype
 from siglip_lib.siglip.loss_pairs import (
     LossSums,
     Pairs,
+    check_learned,
     check_pairs,
-    check_scalar,
-    check_vectors,
     loss_with_gradients,
 )
 
@@ -93,22 +92,12 @@ def softmax_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     the columns, the diagonal being right. A softmax needs its whole row or column before it knows any gradient, so
     this form holds the B x B logits and more matrices of their size. It is here to compare with.
 
-    Args:
-        image: image vectors (B, D), of length 1 in CLIP; float16, bfloat16, float32 or float64.
-        text: text vectors (B, D) of the same dtype.
-        logit_scale: log of the temperature, shape () or (1,), one of the four dtypes.
-
-    Returns:
-        The loss, shape (), in float32, or float64 if the vectors are; so are the logits, also under autocast.
-
-    Raises:
-        TypeError: an argument is not a tensor or not of an allowed dtype, or those of ``image`` and ``text`` differ.
-        ValueError: a shape or a device is not as described.
+    Arguments, result and errors are those of ``sigmoid_loss``: image and text vectors (B, D), of length 1 in CLIP, and
+    the log of the temperature; the logits are float32, or float64 if the vectors are, also under autocast.
 
     Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), figure 3.
     """
-    check_vectors(image, text)
-    check_scalar("logit_scale", logit_scale, image)
+    check_learned(image, text, logit_scale=logit_scale)
     if len(text) != len(image):
         raise ValueError(f"text has {len(text)} rows; it must have {len(image)}, as image has")
     logit_scale = logit_scale.reshape(())

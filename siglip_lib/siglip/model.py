@@ -1,12 +1,14 @@
 """SigLIP: an image tower and a text tower in one space."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from siglip_lib.data.augmentation import compose
 from siglip_lib.siglip.text import TextTransformer, Tokenizer
 from siglip_lib.tower.siglip_vit import SigLIPVisionConfig, mlp_ratio
 from siglip_lib.tower.vision_transformer import VisionTransformer
@@ -94,6 +96,20 @@ class SigLIP(nn.Module):
     def logits(self, image: Tensor, text: Tensor) -> Tensor:
         """Return (B, M): how well each picture's vector (B, width) fits each text's (M, width), before the sigmoid."""
         return self.logit_scale.exp() * image @ text.T + self.logit_bias
+
+
+@torch.no_grad()
+def embed_pictures(model: SigLIP, rgba: Tensor, batch_size: int = 512) -> Tensor:
+    """Return unit vectors (B, width) of pictures (B, 4, H, W) uint8, on white."""
+    device = model.logit_scale.device
+    found = [model.encode_image(compose(part.to(device))) for part in rgba.split(batch_size)]
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def embed_texts(model: SigLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Return unit vectors (M, width) of texts."""
+    return model.encode_text(tokenizer(texts).to(model.logit_scale.device))
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: SigLIPConfig) -> None:

@@ -52,11 +52,10 @@ def ring_sigmoid_loss(
     each call waits for the GPU.
 
     Args:
-        image: this rank's image vectors (B, D), of length 1 in SigLIP; float16, bfloat16, float32 or float64. B, D and
-            the dtype are the same on all ranks.
+        image: this rank's image vectors (B, D), as for ``sigmoid_loss``; B, D and the dtype are the same on all ranks.
         text: its text vectors (M, D) of the same dtype, M the same on all ranks; without ids M is B.
-        logit_scale: log of the temperature, shape (), one of the four dtypes, equal on all ranks.
-        logit_bias: shape (), one of the four dtypes, equal on all ranks.
+        logit_scale: as for ``sigmoid_loss``; equal on all ranks.
+        logit_bias: the same.
         image_ids: integers (B,). A pair belongs together where its two ids are equal, on whichever ranks the two are.
             Without ids image i of a rank belongs to text i of the same rank alone.
         text_ids: integers (M,).
@@ -67,10 +66,8 @@ def ring_sigmoid_loss(
         The loss, shape (), in float32, or float64 if the vectors are, as in ``sigmoid_loss``.
 
     Raises:
-        TypeError: an argument is not a tensor or not of an allowed dtype, or those of ``image`` and ``text`` differ.
-        ValueError: a shape, a device or ``chunk`` is not as described, one of the ids is given without the other, or
-            the ranks differ in sizes, dtype, ids, ``chunk`` or in whether gradients are recorded. If one rank's
-            arguments are wrong, every rank raises.
+        TypeError, ValueError: as for ``sigmoid_loss``; the ranks differ in sizes, dtype, ids, ``chunk`` or in whether
+            gradients are recorded. If one rank's arguments are wrong, every rank raises.
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 3.3.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from siglip_lib.base.checks import check_tensor, count, plain_shape, positive_int
+from siglip_lib.base.checks import INTEGERS, check_tensor, count, plain_shape, positive_int
 from siglip_lib.storage.writing import replacing
 from siglip_lib.tower.block import Block
 from siglip_lib.tower.layers import GELU_TANH, LAYER_NORM
@@ -214,11 +214,8 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = plain_shape(self.pos_embed)[1]
-        wanted = f"(B, {length}), such as a Tokenizer makes of texts"
-        check_tensor("tokens", tokens, wanted, integers=True)
-        shape = plain_shape(tokens)
-        if len(shape) != 2 or shape[1] != length:
-            raise ValueError(f"tokens have shape {shape}; it must be (B, {length})")
+        hint = "a Tokenizer makes such of texts"
+        check_tensor("tokens", tokens, ("B", length), dtypes=INTEGERS, hint=hint)
         x = self.token_embed(tokens) + self.pos_embed  # (B, N, D)
         x = self.norm(self.blocks(x))  # (B, N, D)
         return self.head(x[:, -1])  # (B, embed_dim)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_lib.backends.dispatch import attend, attend_packed, check_backend_name
-from siglip_lib.base.checks import check_tokens, positive_int, probability
+from siglip_lib.base.checks import check_tensor, positive_int, probability
 
 
 class Attention(nn.Module):
@@ -59,12 +59,8 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(probability("proj_drop", proj_drop))
 
     def forward(self, x: Tensor) -> Tensor:
-        options = {
-            "backend": self.backend,
-            "dropout": _drop_probability(self.attn_drop),
-            "deterministic": self.deterministic,
-            "scale": self.scale,
-        }
+        options = dict(backend=self.backend, deterministic=self.deterministic, scale=self.scale)
+        options["dropout"] = _drop_probability(self.attn_drop)
         if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
             out = attend_packed(self._packed(x), **options)  # (B, N, heads, head_dim)
         elif self.backend == "triton":  # the norms made new tensors, and it needs all in one
@@ -80,7 +76,7 @@ class Attention(nn.Module):
 
     def _packed(self, x: Tensor) -> Tensor:
         """Project: x (B, N, D) to q, k and v in one tensor (B, N, 3, heads, head_dim)."""
-        check_tokens("x", x, self.num_heads * self.head_dim)
+        check_tensor("x", x, ("B", "N", self.num_heads * self.head_dim))
         return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

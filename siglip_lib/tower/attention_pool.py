@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from siglip_lib.backends.dispatch import attend, check_backend_name
-from siglip_lib.base.checks import check_tokens, finite, plain_shape, positive_int, probability
+from siglip_lib.base.checks import (
+    check_tensor,
+    finite,
+    one_of,
+    plain_shape,
+    positive_int,
+    probability,
+)
 from siglip_lib.tower.attention import attention_weights
 from siglip_lib.tower.layers import GELU_TANH, Mlp
 from siglip_lib.tower.trunc_normal import trunc_normal_
@@ -60,11 +67,7 @@ class AttentionPoolLatent(nn.Module):
         num_heads = positive_int("num_heads", num_heads)
         if dim % num_heads:
             raise ValueError(f"in_features={dim} must be a multiple of num_heads={num_heads}")
-        if pos_embed not in ("", "abs"):
-            raise ValueError(f"pos_embed={pos_embed!r} is unknown; allowed are ('', 'abs')")
-        if pool_type not in ("token", "avg"):
-            raise ValueError(f"pool_type={pool_type!r} is unknown; allowed are ('token', 'avg')")
-        if pos_embed and feat_size is None:
+        if one_of("pos_embed", pos_embed, ("", "abs")) and feat_size is None:
             raise ValueError("pos_embed='abs' needs feat_size, the number of tokens")
         if feat_size is not None:
             feat_size = positive_int("feat_size", feat_size)
@@ -72,7 +75,7 @@ class AttentionPoolLatent(nn.Module):
         latent_len = positive_int("latent_len", latent_len)
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.pool_type = pool_type
+        self.pool_type = one_of("pool_type", pool_type, ("token", "avg"))
         self.deterministic = deterministic
         self.backend = check_backend_name(backend)
         self.latent_dim = dim if latent_dim is None else positive_int("latent_dim", latent_dim)
@@ -110,14 +113,14 @@ class AttentionPoolLatent(nn.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project and split: x (B, N, D) to q (B, latents, heads, head_dim), k and v (B, N, heads, head_dim)."""
-        check_tokens("x", x, self.num_heads * self.head_dim)
+        _, num_tokens, _ = check_tensor("x", x, ("B", "N", self.num_heads * self.head_dim))
         if self.pos_embed is not None:
-            num_tokens, feat_size = plain_shape(x)[1], plain_shape(self.pos_embed)[0]
+            feat_size = plain_shape(self.pos_embed)[0]
             if num_tokens != feat_size:
                 raise ValueError(f"x has {num_tokens} tokens; feat_size is {feat_size}")
             x = x + self.pos_embed.to(x.dtype)
         q = self.q(self.latent).unflatten(-1, (self.num_heads, self.head_dim))
         q = q.expand(x.shape[0], -1, -1, -1)  # the queries are the same for every picture
-        kv = self.kv(x).unflatten(-1, (2, self.num_heads, self.head_dim))
-        k, v = kv.unbind(2)  # views of one tensor
+        # views of one tensor
+        k, v = self.kv(x).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v

@@ -115,9 +115,8 @@ class Mlp(nn.Module):
     ) -> None:
         super().__init__()
         dim = positive_int("in_features", in_features)
-        hidden = (
-            dim if hidden_features is None else positive_int("hidden_features", hidden_features)
-        )
+        hidden = dim if hidden_features is None else hidden_features
+        hidden = positive_int("hidden_features", hidden)
         out = dim if out_features is None else positive_int("out_features", out_features)
         bias1, bias2 = _for_both("bias", bias)
         drop1, drop2 = (probability("drop", p) for p in _for_both("drop", drop))

@@ -18,9 +18,7 @@ def can_fuse_linear_gelu(linear: nn.Module, act: nn.Module, x: Tensor) -> bool:
         return False
     if not is_plain(linear, nn.Linear) or linear.bias is None or linear.weight.dtype != x.dtype:
         return False
-    if not is_plain(act, nn.GELU) or act.approximate != "tanh":
-        return False
-    if torch.is_autocast_enabled("cuda"):
+    if not is_plain(act, nn.GELU) or act.approximate != "tanh" or torch.is_autocast_enabled("cuda"):
         return False
     if not torch.compiler.is_compiling() and (has_mode() or is_transformed()):
         return False  # who counts or transforms operators knows the two layers' and not this one

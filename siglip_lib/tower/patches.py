@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siglip_lib.base.checks import check_pictures, pair, plain_shape, positive_int, probability
+from siglip_lib.base.checks import check_tensor, pair, plain_shape, positive_int, probability
 from siglip_lib.base.observers import is_plain
 
 
@@ -69,8 +69,7 @@ class PatchEmbed(nn.Module):
         return _grid(img_size, self.patch_size, self.dynamic_img_pad)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check(x)
-        size = plain_shape(x)[2:]
+        size = self._checked_size(x)
         rows, columns = self.dynamic_feat_size(size)
         height, width = self.patch_size
         if self.dynamic_img_pad:
@@ -92,27 +91,30 @@ class PatchEmbed(nn.Module):
             and (proj.padding, proj.dilation, proj.groups) == ((0, 0), (1, 1), 1)
         )
 
-    def _check(self, x: Tensor) -> None:
+    def _checked_size(self, x: Tensor) -> tuple[int, int]:
+        """Return height and width of pictures; raise an error for what can't be cut into patches."""
         # a wrapper may not show how many there are
-        check_pictures("pictures", x, getattr(self.proj, "in_channels", None))
-        size, patch = plain_shape(x)[2:], self.patch_size
+        channels = getattr(self.proj, "in_channels", None) or "C"
+        hint = "preprocess makes such of pictures"
+        shape = check_tensor("pictures", x, ("B", channels, "H", "W"), hint=hint)
+        size = height, width = shape[2:]
         if size == self.img_size:
-            return
-        found = f"pictures are {size[0]} x {size[1]} pixels"
+            return size
+        found = f"pictures are {height} x {width} pixels"
         if self.strict_img_size:
-            built = f"the model is built for {self.img_size[0]} x {self.img_size[1]}"
+            built = "the model is built for {} x {}".format(*self.img_size)
             raise ValueError(f"{found}, {built}; dynamic_img_size=True takes others")
-        if not self.dynamic_img_pad and (size[0] % patch[0] or size[1] % patch[1]):
-            wanted = f"both must be multiples of the patch, {patch[0]} x {patch[1]}"
+        if not self.dynamic_img_pad and (height % self.patch_size[0] or width % self.patch_size[1]):
+            wanted = "both must be multiples of the patch, {} x {}".format(*self.patch_size)
             raise ValueError(f"{found}; {wanted}; dynamic_img_pad=True fills up")
         if 0 in self.dynamic_feat_size(size):
-            raise ValueError(f"pictures of {size[0]} x {size[1]} pixels hold no patch")
+            raise ValueError(f"{found}, which hold no patch")
+        return size
 
 
 def _grid(size: tuple[int, int], patch: tuple[int, int], pad: bool) -> tuple[int, int]:
     """Return rows and columns of the whole patches, or of those that begin within ``size`` if ``pad``."""
-    extra = (patch[0] - 1, patch[1] - 1) if pad else (0, 0)
-    return (size[0] + extra[0]) // patch[0], (size[1] + extra[1]) // patch[1]
+    return tuple((n + (p - 1) * pad) // p for n, p in zip(size, patch, strict=True))
 
 
 def resample_abs_pos_embed(
@@ -144,11 +146,9 @@ def resample_abs_pos_embed(
     shape = plain_shape(posemb)
     num_patches = shape[1] - num_prefix_tokens
     old_size = (round(num_patches**0.5),) * 2 if old_size is None else tuple(old_size)
-    if len(shape) != 3 or shape[0] != 1 or old_size[0] * old_size[1] != num_patches:
-        raise ValueError(
-            f"posemb has shape {shape}; with {num_prefix_tokens} prefix tokens and a grid of "
-            f"{old_size[0]} x {old_size[1]} it must be (1, {num_prefix_tokens + old_size[0] * old_size[1]}, D)"
-        )
+    hint = f"{num_prefix_tokens} prefix tokens and a grid of {old_size[0]} x {old_size[1]}"
+    wanted = num_prefix_tokens + old_size[0] * old_size[1]
+    check_tensor("posemb", posemb, (1, wanted, "D"), hint=hint)
     if tuple(new_size) == old_size:
         return posemb
     prefix, grid = posemb[:, :num_prefix_tokens], posemb[:, num_prefix_tokens:]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from siglip_lib.base.checks import positive_int
+from siglip_lib.base.checks import one_of, positive_int
 from siglip_lib.tower.checkpoints import load_weights
 from siglip_lib.tower.vision_transformer import VisionTransformer
 
@@ -89,11 +89,8 @@ def create_siglip_vit(
         ValueError: the name is unknown or ``select_layer`` is out of range; see also ``load_weights``.
         TypeError: an argument that ``VisionTransformer`` does not have.
     """
-    if model_name not in SIGLIP_CONFIGS:
-        raise ValueError(
-            f"model_name={model_name!r} is unknown; allowed are {', '.join(SIGLIP_CONFIGS)}"
-        )
-    arguments = SIGLIP_CONFIGS[model_name].tower_arguments()
+    config = SIGLIP_CONFIGS[one_of("model_name", model_name, SIGLIP_CONFIGS)]
+    arguments = config.tower_arguments()
     if image_size is not None:
         arguments["img_size"] = image_size
     arguments |= kwargs

@@ -6,10 +6,8 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from siglip_lib.base.checks import count
+from siglip_lib.base.checks import count, one_of
 from siglip_lib.tower.patches import resample_abs_pos_embed
-
-POOLS = ("token", "avg", "map", "")
 
 
 class TimmInterface(nn.Module):
@@ -81,9 +79,7 @@ class TimmInterface(nn.Module):
 
         Source: timm, models/vision_transformer.py (names and results).
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r} is unknown; allowed are 'NCHW', 'NLC'")
-        as_grid = output_fmt == "NCHW"
+        as_grid = one_of("output_fmt", output_fmt, ("NCHW", "NLC")) == "NCHW"
         self._check_features("forward_intermediates", "output_fmt='NCHW'" if as_grid else None)
         depth = len(self.blocks)
         numbers = sorted({*self._block_numbers("indices", depth if indices is None else indices)})
@@ -102,11 +98,8 @@ class TimmInterface(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Take pictures of another size from now on, and resample the position embeddings to their grid.
 
-        Where the grid changes, ``pos_embed`` is a new parameter, which an optimizer made before does not know. Unlike
-        timm's, this leaves the patches' size alone.
-
-        Args:
-            img_size: height and width of the pictures in pixels, or one number for both.
+        ``img_size`` is height and width in pixels, or one number for both. Where the grid changes, ``pos_embed`` is a
+        new parameter, which an optimizer made before does not know. Unlike timm's, this leaves the patches' size alone.
 
         Raises:
             ValueError: the size holds no patch, or the model is a stage of a pipeline that takes no pictures.
@@ -164,7 +157,7 @@ class TimmInterface(nn.Module):
     def to_pipeline(
         self, pp_size: int, pp_rank: int, pp_splits: Sequence[int] | None = None
     ) -> Self:
-        """Keep one stage of a pipeline, in place: what it does not need becomes None or Identity.
+        """Keep one stage of a pipeline, in place, and return the model: what it does not need becomes None or Identity.
 
         Parameters keep their names, so the stages' state dicts together are the whole model's. The first stage takes
         pictures, the others tokens; the last returns what the model does, the others tokens.
@@ -173,9 +166,6 @@ class TimmInterface(nn.Module):
             pp_size: number of stages.
             pp_rank: which of them this is, from 0.
             pp_splits: blocks of each stage; as even as possible if None, the first stages having one more.
-
-        Returns:
-            The model itself.
 
         Raises:
             ValueError: the rank is out of range, the splits do not add up to the depth, or the model is a stage
@@ -225,14 +215,11 @@ class TimmInterface(nn.Module):
         """Run ``end`` blocks; return patch and prefix tokens after those of these numbers, and the last tokens."""
         seen: dict[str, Tensor] = {}
         last = self._run_blocks(x, end, seen)
-        grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
+        grid, num_prefix = self.patch_embed.dynamic_feat_size(x.shape[2:]), self.num_prefix_tokens
 
         def parts(tokens: Tensor) -> tuple[Tensor, Tensor]:
             tokens = self.norm(tokens) if norm else tokens
-            prefix, patches = (
-                tokens[:, : self.num_prefix_tokens],
-                tokens[:, self.num_prefix_tokens :],
-            )
+            prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
             if as_grid:
                 patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
             return patches, prefix
@@ -248,7 +235,6 @@ def check_stage(has: bool, method: str, part: str) -> None:
 
 def check_pool(global_pool: str, has_class_token: bool) -> None:
     """Raise a ValueError if a pooling is unknown or needs a class token that is not there."""
-    if global_pool not in POOLS:
-        raise ValueError(f"global_pool={global_pool!r} is unknown; allowed are {POOLS}")
-    if global_pool == "token" and not has_class_token:
+    pools = ("token", "avg", "map", "")
+    if one_of("global_pool", global_pool, pools) == "token" and not has_class_token:
         raise ValueError("global_pool='token' needs class_token=True")

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Generator, Tensor
 
+from siglip_lib.base.checks import check_tensor
 from siglip_lib.base.interval import check_interval, inner_bounds, on_cpu
 from siglip_lib.base.observers import takes_kernel
 from siglip_lib.base.offers import has_triton
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SQRT2 = math.sqrt(2.0)
 _FAR = 10.0  # sigma; beyond, float32 can hold the tail's mass but not a small share of it
 
@@ -53,10 +53,7 @@ def trunc_normal_(
     Source: inverse transform sampling (Devroye, Non-Uniform Random Variate Generation, 1986, section II.2); the tail
     through the scaled complementary error function.
     """
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        allowed = "tensors of float16, bfloat16, float32 and float64"
-        raise TypeError(f"tensor is {found}; allowed are {allowed}")
+    check_tensor("tensor", tensor)
     mean, std, a, b, alpha, beta = check_interval(mean, std, a, b)
     if max(alpha, -beta) > 1e8:
         far = "lie more than 1e8 standard deviations from"
@@ -94,12 +91,9 @@ def trunc_normal_(
 
 def _has_kernel(tensor: Tensor) -> bool:
     """Whether the Triton kernel takes the tensor: it does in one pass what the steps below do in four."""
-    return (
-        takes_kernel(tensor)
-        and tensor.dtype != torch.float64
-        and has_triton()
-        and not torch.cuda.is_current_stream_capturing()  # a graph would repeat one seed's draws
-    )
+    if tensor.dtype == torch.float64 or not takes_kernel(tensor) or not has_triton():
+        return False
+    return not torch.cuda.is_current_stream_capturing()  # a graph would repeat one seed's draws
 
 
 def _draw_centre_(work: Tensor, alpha: float, beta: float, generator: Generator | None) -> float:

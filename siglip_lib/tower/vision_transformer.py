@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from siglip_lib.base.checks import check_tokens, count, pair, plain_shape, positive_int, probability
+from siglip_lib.base.checks import check_tensor, count, pair, plain_shape, positive_int, probability
 from siglip_lib.tower.attention_pool import AttentionPoolLatent
 from siglip_lib.tower.block import Block
 from siglip_lib.tower.layers import GELU_TANH, LAYER_NORM, Mlp
@@ -198,7 +198,7 @@ class VisionTransformer(TimmInterface):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, prefix + N, D) to (B, D), then classify unless ``pre_logits`` or there are no classes."""
         check_stage(self.is_last_stage, "forward_head", "the last stage of a pipeline")
-        check_tokens("x", x, self.embed_dim)
+        check_tensor("x", x, ("B", "N", self.embed_dim))
         if self.global_pool == "map":
             x = self.attn_pool(x[:, self.num_prefix_tokens :])
         elif self.global_pool == "avg":
@@ -231,7 +231,7 @@ class VisionTransformer(TimmInterface):
             x = _stored(seen, "positions", self._add_positions(patches, grid))
             x = self.norm_pre(self.patch_drop(x))  # (B, prefix + N, D)
         else:
-            check_tokens("x", x, self.embed_dim)
+            check_tensor("x", x, ("B", "N", self.embed_dim))
         for i, block in enumerate(self.blocks):
             if i == end:
                 break

@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import nn
 
+from siglip_lib.base.checks import one_of
 from siglip_lib.tower.attention_pool import AttentionPoolLatent
 from siglip_lib.tower.trunc_normal import trunc_normal_
 
@@ -163,7 +164,4 @@ def init_rule(weight_init: str, num_classes: int = 0) -> Callable[[nn.Module, st
         "moco": init_weights_vit_moco,
         "skip": lambda module, name="": None,
     }
-    if weight_init not in rules:
-        allowed = ", ".join(map(repr, rules))
-        raise ValueError(f"weight_init={weight_init!r} is unknown; allowed are {allowed}")
-    return rules[weight_init]
+    return rules[one_of("weight_init", weight_init, rules)]

@@ -24,9 +24,8 @@ from tqdm import tqdm
 from siglip_lib.base.checks import positive_int
 from siglip_lib.data.emoji64 import load_emoji64, split
 from siglip_lib.launch import meeting
-from siglip_lib.siglip.folder import check_replaceable, save_siglip
+from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_WEIGHTS, check_replaceable, save_siglip
 from siglip_lib.siglip.model import SigLIP
-from siglip_lib.siglip.shipped import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
 from siglip_lib.siglip.text import Tokenizer
 from siglip_lib.train.batches import Batches
 from siglip_lib.train.distributed import PARALLEL, DistributedTraining
