@@ -283,7 +283,7 @@ def test_wrong_tensors():
         TypeError, match=r"tensor is torch.float64; .* use siglip_lib.trunc_normal_"
     ):
         trunc_normal_philox_(torch.empty(3, dtype=torch.float64), seed=1)
-    with pytest.raises(TypeError, match="tensor is list; allowed are tensors of float16"):
+    with pytest.raises(TypeError, match="tensor must be a tensor, not list; for float64 use"):
         trunc_normal_philox_([1.0], seed=1)
 
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from siglip_lib.base.checks import finite
+from siglip_lib.base.checks import check_tensor, finite
 from siglip_lib.base.offers import why_not_our_kernel
 from siglip_lib.base.operators import operators_of, register_operator
+from siglip_lib.kernels import check_device
 
 _LOG2_E = math.log2(math.e)
 _ROWS = 128  # what lse and delta are padded to: no block is larger, so none reads past their end
@@ -446,8 +447,6 @@ def _some_queries(
 
 # --- launches, and the operators that autograd and compiled code see ---
 
-_INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
-
 
 def _cut(dim: int) -> tuple[int, int]:
     """Channels as a power of two, and what holds the rest: 64 + 16 for 72."""
@@ -544,21 +543,9 @@ def _(d_out_shape, *_, out_shape=None, **__):
 
 
 def _check(qkv: Tensor) -> None:
-    if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape:
-        raise ValueError(
-            f"qkv has shape {tuple(qkv.shape)}; it must be (B, N, 3, heads, head_dim), none of them 0"
-        )
+    # the interpreter computes bfloat16 wrongly
+    dtypes = (torch.bfloat16 if qkv.is_cuda else torch.float32, torch.float16)
+    check_tensor("qkv", qkv, ("B", "N", 3, "heads", "head_dim"), dtypes=dtypes, empty=False)
     if not qkv.is_contiguous():
         raise ValueError(f"qkv has strides {qkv.stride()}; it must be contiguous: qkv.contiguous()")
-    if qkv.device.type == "cuda":
-        allowed = (torch.bfloat16, torch.float16)
-    elif qkv.device.type == "cpu" and _INTERPRETED:
-        allowed = (torch.float32, torch.float16)  # the interpreter computes bfloat16 wrongly
-    else:
-        raise ValueError(
-            f"qkv is on {qkv.device}; it must be on a CUDA device, or on the CPU with TRITON_INTERPRET=1 set before "
-            "the import; attend(backend='sdpa') runs everywhere"
-        )
-    if qkv.dtype not in allowed:
-        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"qkv is {qkv.dtype}; on {qkv.device.type} {names} are offered")
+    check_device("qkv", qkv, _forward_kernel, "attend(backend='sdpa'), which runs everywhere")

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from siglip_lib.base.checks import number
+from siglip_lib.base.checks import FLOATS, check_tensor, number
 from siglip_lib.base.observers import has_mode
 from siglip_lib.base.operators import operators_of, register_operator
+from siglip_lib.kernels import check_device
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = "use x + gamma * branch * keep / keep_prob"
@@ -195,9 +196,6 @@ def _factor(gamma_ptr, column, scale, CHANNELS: tl.constexpr):
     return factor
 
 
-_INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
-
-
 def _forward(
     x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None, scale: float
 ) -> Tensor:
@@ -305,33 +303,17 @@ register_operator(_OPERATORS, "fused_residual_backward", _backward, _backward_fa
 def _check(
     x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None, keep_prob: float
 ) -> None:
-    optional = {name: t for name, t in (("gamma", gamma), ("keep", keep)) if t is not None}
-    for name, value in {"x": x, "branch": branch, **optional}.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
-        if name == "keep" and value.dtype != torch.bool and not value.is_floating_point():
-            raise TypeError(f"keep is {value.dtype}; it must be bool or a float dtype")
-        if name != "keep" and value.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name} is {value.dtype}; allowed are float16, bfloat16, float32; else {_PLAIN}"
-            )
-    if x.ndim != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, C)")
-    shapes = {"branch": x.shape, "gamma": x.shape[2:], "keep": x.shape[:1]}
-    for name, value in {"branch": branch, **optional}.items():
-        if value.shape != shapes[name]:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; it must be {tuple(shapes[name])}"
-            )
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}; it must be on {x.device}, as x is")
+    options = dict(dtypes=_DTYPES, hint=f"else {_PLAIN}")
+    shape = check_tensor("x", x, ("B", "N", "C"), **options)
+    options["like"] = ("x", x)
+    check_tensor("branch", branch, shape, **options)
+    if gamma is not None:
+        check_tensor("gamma", gamma, shape[2:], **options)
+    if keep is not None:
+        check_tensor("keep", keep, shape[:1], **options | {"dtypes": (torch.bool, *FLOATS)})
     number("keep_prob", keep_prob)
     if not 0 < keep_prob <= 1:
         raise ValueError(f"keep_prob={keep_prob!r} must lie in (0, 1]")
     if keep is None and keep_prob != 1:
         raise ValueError(f"keep_prob={keep_prob!r} must be 1 without keep")
-    if not x.is_cuda and not (x.device.type == "cpu" and _INTERPRETED):
-        raise ValueError(
-            f"x is on {x.device}; the kernel needs a CUDA GPU, or on a CPU TRITON_INTERPRET=1 set"
-            f" before it is imported; else {_PLAIN}"
-        )
+    check_device("x", x, _forward_kernel, _PLAIN)

@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from siglip_lib.base.checks import count
+from siglip_lib.base.checks import check_tensor, count
 from siglip_lib.base.interval import check_interval, inner_bounds
+from siglip_lib.kernels import check_device
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SQRT2 = math.sqrt(2.0)
@@ -73,12 +74,7 @@ def trunc_normal_philox_(
     Source: Philox4x32-7, Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011); PPND7, Wichura, Algorithm
     AS 241: The Percentage Points of the Normal Distribution, Applied Statistics 37 (1988).
     """
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(
-            f"tensor is {found}; allowed are tensors of float16, bfloat16 and float32;"
-            " for float64 use siglip_lib.trunc_normal_"
-        )
+    check_tensor("tensor", tensor, dtypes=_DTYPES, hint="for float64 use siglip_lib.trunc_normal_")
     mean, std, a, b, alpha, beta = check_interval(mean, std, a, b)
     if alpha >= 1 or beta <= -1:
         raise ValueError(
@@ -91,12 +87,7 @@ def trunc_normal_philox_(
     low, high = inner_bounds(a, b, tensor.dtype)
     if tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.numel() == 0:
         return tensor
-    if not tensor.is_cuda and not (tensor.device.type == "cpu" and _INTERPRETED):
-        raise ValueError(
-            f"tensor is on {tensor.device}; the kernel needs a CUDA GPU, or on a CPU"
-            " TRITON_INTERPRET=1 set before it is imported; else use siglip_lib.trunc_normal_"
-        )
-
+    check_device("tensor", tensor, _kernel, "use siglip_lib.trunc_normal_")
     launch_trunc_normal_(tensor, mean, std, low, high, alpha, beta, seed)
     return tensor
 
@@ -225,6 +216,3 @@ def _minus_log2(x):
     p = ((-0.1254112 * f + 0.21030293) * f - 0.21737967) * f + 0.2385195
     p = (((p * f - 0.28765663) * f + 0.3607212) * f - 0.48092252) * f + 0.72134715
     return (p * f - 1.4426949) * f - e.to(tl.float32)
-
-
-_INTERPRETED = not isinstance(_kernel, triton.JITFunction)
