@@ -31,7 +31,13 @@ from siglip_lib.siglip.text import Tokenizer
 from siglip_lib.train.batches import Batches
 from siglip_lib.train.distributed import PARALLEL, DistributedTraining
 from siglip_lib.train.recipe import TrainConfig
-from siglip_lib.train.stored import load_checkpoint, newest_checkpoint, save_checkpoint, whole_model
+from siglip_lib.train.stored import (
+    errors_of_all,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    whole_model,
+)
 from siglip_lib.train.training import Training
 
 _DESCRIPTION = """Train a SigLIP on emoji64. One process:
@@ -68,7 +74,14 @@ def main() -> None:
         except ValueError as error:  # --batch does not fit, in all processes alike
             parser.error(str(error))
         checkpoints = given.out / "checkpoints"
-        metrics = _take_folder(given.out, given.resume, training, parser)
+        metrics = None
+        try:
+            with errors_of_all(training):
+                if training.rank == 0:
+                    _check_folder(given.out, given.resume)
+                    metrics = _Metrics(given.out / "metrics.csv")
+        except (OSError, ValueError) as error:
+            parser.error(str(error)) if training.rank == 0 else sys.exit(2)
         with closing(metrics) if metrics else nullcontext():
             if given.resume:
                 load_checkpoint(training, checkpoints)
@@ -192,24 +205,6 @@ def _process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: the others may be gone
 
 
-def _take_folder(
-    out: Path, resume: bool, training: Training, parser: argparse.ArgumentParser
-) -> _Metrics | None:
-    """Open the metrics, in the first process; end all processes if the run would lose what the folder holds."""
-    metrics, refusal = None, [None]
-    if training.rank == 0:
-        try:
-            _check_folder(out, resume)
-            metrics = _Metrics(out / "metrics.csv")
-        except (OSError, ValueError) as error:
-            refusal = [str(error)]
-    if training.group is not None:
-        dist.broadcast_object_list(refusal)
-    if refusal[0]:
-        parser.error(refusal[0]) if training.rank == 0 else sys.exit(2)
-    return metrics
-
-
 def _check_folder(out: Path, resume: bool) -> None:
     there = newest_checkpoint(out / "checkpoints")
     if resume and not there:
@@ -248,10 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         default = getattr(TrainConfig, name)
         option = "--" + name.replace("_", "-")
         add(option, type=type(default), default=default, help=f"{what} ({default})")
-    add(
-        "--parallel", choices=PARALLEL, help="of several processes: whole weights in each process (ddp), the default, "
-        "or sharded ones (fsdp2)"
-    )  # fmt: skip
+    add("--parallel", choices=PARALLEL, help="each process has whole weights, or a shard (ddp)")
     devices = ("auto", "cpu", "cuda")
     add("--device", choices=devices, default="auto", help="a GPU if there is one")
     add("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="(1000)")
