@@ -56,16 +56,13 @@ _CONFIG_OPTIONS = {
     "warmup": "steps until the highest learning rate",
     "seed": "of weights, batches, captions and augmentation",
 }
-# how long a process waits for the others: one that died unseen must not keep them for ever
-_TIMEOUT = timedelta(seconds=50)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @record  # torchrun then shows the error of the process that failed first
 def main() -> None:
     """Train as the command line says."""
-    parser = _parser()
-    given = _arguments(parser)
+    parser, given = _command_line()
     stop = _Stop()
     tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
     with _process_group(given.device):
@@ -200,7 +197,8 @@ def _process_group(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     # what the processes tell each other beside vectors and gradients goes from CPU to CPU, and no GPU waits for it
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT, **meeting())
+    # a process that died unseen must not keep the others for ever
+    dist.init_process_group(backend, timeout=timedelta(seconds=50), **meeting())
     yield
     dist.destroy_process_group()  # not after an error: the others may be gone
 
@@ -230,7 +228,8 @@ def _new_training(given: argparse.Namespace, tokenizer: Tokenizer) -> Training:
     return DistributedTraining(*parts, mesh, given.device, given.parallel or "ddp")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _command_line() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Return what is given, with ``config`` and ``device`` made of it, and the parser, for further errors."""
     parser = argparse.ArgumentParser(
         prog="python -m siglip_lib.train",
         description=_DESCRIPTION,
@@ -248,10 +247,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=devices, default="auto", help="a GPU if there is one")
     add("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="(1000)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    return parser
-
-
-def _arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     given = parser.parse_args()
     try:
         given.config = TrainConfig(**{name: getattr(given, name) for name in _CONFIG_OPTIONS})
@@ -262,7 +257,7 @@ def _arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if given.parallel and not dist.is_torchelastic_launched():
         how = "start them by python -m siglip_lib.launch"
         parser.error(f"--parallel {given.parallel} is for several processes: {how}")
-    return given
+    return parser, given
 
 
 def _device(name: str) -> torch.device:
