@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from siglip_lib.tower.vision_transformer import VisionTransformer
 
 _Grid = tuple[int, int]  # rows and columns of patches
+_POSITIONS = {"pos_embed", "embeddings.position_embedding.weight"}  # whosever names they are
 
 # What save_weights offers: whose names, and the prefix.
 _LAYOUTS = {
@@ -101,7 +102,7 @@ def load_weights(
         wanted = under_transformers_names(weights, IMAGE_TOWER)
     check_plain(found, where)
     grid = grid or noted_grid(files)
-    resampled = _fit_positions(found, wanted, model, grid, where)
+    resampled = _fit_positions(found, wanted, model.patch_embed.grid_size, grid, where)
     misfit = f"{where} does not fit the model, which is unchanged"
     check_fit(found, wanted, misfit, _hint(found, wanted))
     check_finite(found, wanted, where)
@@ -145,27 +146,17 @@ def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "ti
     write_tensors({prefix + name: tensor for name, tensor in state.items()}, path, **noted)
 
 
-def _positions(found: dict[str, Tensor], wanted: Views) -> str | None:
-    """The name of the position embeddings, if both have them."""
-    names = ("pos_embed", "embeddings.position_embedding.weight")
-    return next((name for name in names if name in found and name in wanted), None)
-
-
 def _fit_positions(
-    found: dict[str, Tensor],
-    wanted: Views,
-    model: "VisionTransformer",
-    grid: _Grid | None,
-    where: str,
+    found: dict[str, Tensor], wanted: Views, new: _Grid, grid: _Grid | None, where: str
 ) -> tuple[_Grid, _Grid] | None:
-    """Resample the position embeddings if their grid differs; return the old and the new grid.
+    """Resample the position embeddings if their grid differs from the ``new`` one; return the old and the new grid.
 
     Equal counts are not equal grids: 2 x 8 patches are as many as 4 x 4.
     """
-    name = _positions(found, wanted)
+    name = next(iter(_POSITIONS & found.keys() & wanted.keys()), None)
     if name is None:
         return None
-    old, (ours,), new = found[name], wanted[name], model.patch_embed.grid_size
+    old, (ours,) = found[name], wanted[name]
     if old.shape != (*ours.shape[:-2], *old.shape[-2:-1], ours.shape[-1]):
         return None  # check_fit will name the shape
     prefix = ours.shape[-2] - new[0] * new[1]
@@ -205,8 +196,7 @@ def _hint(found: dict[str, Tensor], wanted: Views) -> str:
             f". The heads differ: build the model with global_pool={pool!r} and num_classes={classes}, as the "
             "checkpoint's is, load it, and call model.reset_classifier(num_classes, global_pool)"
         )
-    name = _positions(found, wanted)
-    if name and theirs[name] != ours[name]:
+    if any(theirs[name] != ours[name] for name in _POSITIONS & theirs.keys() & ours.keys()):
         said += ". Positions of a grid that is no square are resampled if load_weights is given grid=(rows, columns)"
     return said
 

@@ -167,16 +167,14 @@ def _contents(path: Path, ours: dict[str, Tensor]) -> Metadata:
     """Read where which part of each of our tensors lies. What a file says else is left where it is."""
     with path.open("rb") as file:
         table = _Unpickler(file).load().state
-    # the optimizer's constants were stored once; they follow from the settings
-    stored = {
-        name: entry.state
-        for name, entry in table["state_dict_metadata"].items()
-        if not name.startswith("optimizer.param_groups.")
-    }
-    if odd := [name for name, entry in stored.items() if "properties" not in entry]:
-        raise ValueError(f"{join_names(odd)} is no tensor")
     without_memory, entries, places = {}, {}, {}
-    for name, entry in stored.items():
+    for name, stored in table["state_dict_metadata"].items():
+        # the optimizer's constants were stored once; they follow from the settings
+        if name.startswith("optimizer.param_groups."):
+            continue
+        entry = stored.state
+        if "properties" not in entry:
+            raise ValueError(f"{name} is no tensor")
         dtype, size = getattr(torch, entry["properties"].state[0].__name__), _size(entry["size"])
         parts = [part.state for part in entry["chunks"]]
         chunks = [ChunkStorageMetadata(_size(p["offsets"]), _size(p["sizes"])) for p in parts]

@@ -33,6 +33,7 @@ from siglip_lib.train.batches import Batches
 from siglip_lib.train.recipe import TrainConfig, new_optimizer, schedule
 
 _HALF_A_STEP = "it was broken off within a step, which left the weights half changed"
+_NO_DAMAGE = (OSError, MemoryError, torch.OutOfMemoryError, dist.DistError)
 
 
 class Diverged(Exception):
@@ -91,9 +92,8 @@ class Training:
         self.stored: Path | None = None
         self._damage: str | None = None  # why it can't go on
         # what the graph reads: the rows of the current step
-        self._inputs = {
-            name: rows[self._rows].clone() for name, rows in self._batches.of_step(0).items()
-        }
+        first = self._batches.of_step(0)
+        self._inputs = {name: rows[self._rows].clone() for name, rows in first.items()}
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_steps_done = 0
         self._loss = torch.zeros((), device=device)  # that the graph writes
@@ -181,9 +181,7 @@ class Training:
         Losses of steps that were done when something broke off ``run`` are recorded.
         """
         if self._damage:
-            how = (
-                f"resume from {str(self.stored)!r}" if self.stored else "none is stored, start anew"
-            )
+            how = f"resume from '{self.stored}'" if self.stored else "none is stored, start anew"
             raise RuntimeError(f"the training can't go on: {self._damage}; {how}")
         self._record_losses()
 
@@ -204,16 +202,14 @@ class Training:
         """
         if not isinstance(description, dict) or not isinstance(description.get("settings"), dict):
             raise ValueError(f"{where} is damaged: it does not tell its settings")
-        stored, here = description["settings"], self.settings()
+        stored, here, steps = description["settings"], self.settings(), self.config.steps
         if odd := sorted(map(str, stored.keys() ^ here.keys())):
             raise ValueError(f"{where} is of another version, or damaged: not in both are {odd}")
         if differs := {name: value for name, value in stored.items() if value != here[name]}:
             raise ValueError(f"{where} was stored with other settings: {differs}")
         step, losses = description.get("step"), description.get("losses")
-        if type(step) is not int or not 0 <= step <= self.config.steps:
-            raise ValueError(
-                f"{where} is damaged: step={step!r} must lie in 0 to {self.config.steps}"
-            )
+        if type(step) is not int or not 0 <= step <= steps:
+            raise ValueError(f"{where} is damaged: step={step!r} must lie in 0 to {steps}")
         if not isinstance(losses, list) or len(losses) != step:
             raise ValueError(f"{where} is damaged: it must hold the losses of {step} steps")
         if not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
@@ -403,18 +399,14 @@ def errors_mean_damage(stored: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = str(error)
-        missing = isinstance(error, FileNotFoundError) and stored.exists()
-        disk = isinstance(error, OSError) and not missing
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        # these are plain RuntimeErrors: torch's on a CPU, and gloo's, which names its source file
-        plain = type(error) is RuntimeError
-        memory = memory or (plain and "can't allocate memory" in text)
-        process = isinstance(error, dist.DistError) or (plain and "third_party/gloo" in text)
-        if disk or memory or process:
+        lacking = isinstance(error, FileNotFoundError) and stored.exists()
+        # torch on a CPU and gloo have no class of errors of their own; gloo names its source file
+        text = str(error) if type(error) is RuntimeError else ""
+        elsewhere = "can't allocate memory" in text or "third_party/gloo" in text
+        if elsewhere or (isinstance(error, _NO_DAMAGE) and not lacking):
             raise
         # torch's own text advises to run what the file asks for
-        said = "no tensor" if isinstance(error, pickle.UnpicklingError) else text
+        said = "no tensor" if isinstance(error, pickle.UnpicklingError) else error
         raise ValueError(
             f"{stored} is no stored training, or is damaged: {type(error).__name__}: {said}; start anew elsewhere"
         ) from None
