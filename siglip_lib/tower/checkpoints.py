@@ -102,7 +102,7 @@ def load_weights(
         wanted = under_transformers_names(weights, IMAGE_TOWER)
     check_plain(found, where)
     grid = grid or noted_grid(files)
-    resampled = _fit_positions(found, wanted, model.patch_embed.grid_size, grid, where)
+    resampled = _fit_positions(found, wanted, model, grid, where)
     misfit = f"{where} does not fit the model, which is unchanged"
     check_fit(found, wanted, misfit, _hint(found, wanted))
     check_finite(found, wanted, where)
@@ -147,16 +147,20 @@ def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "ti
 
 
 def _fit_positions(
-    found: dict[str, Tensor], wanted: Views, new: _Grid, grid: _Grid | None, where: str
+    found: dict[str, Tensor],
+    wanted: Views,
+    model: "VisionTransformer",
+    grid: _Grid | None,
+    where: str,
 ) -> tuple[_Grid, _Grid] | None:
-    """Resample the position embeddings if their grid differs from the ``new`` one; return the old and the new grid.
+    """Resample the position embeddings if their grid differs; return the old and the new grid.
 
     Equal counts are not equal grids: 2 x 8 patches are as many as 4 x 4.
     """
     name = next(iter(_POSITIONS & found.keys() & wanted.keys()), None)
     if name is None:
         return None
-    old, (ours,) = found[name], wanted[name]
+    old, (ours,), new = found[name], wanted[name], model.patch_embed.grid_size
     if old.shape != (*ours.shape[:-2], *old.shape[-2:-1], ours.shape[-1]):
         return None  # check_fit will name the shape
     prefix = ours.shape[-2] - new[0] * new[1]
