@@ -29,7 +29,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 
-import siglip_lib.train.stored as stored_module
 import siglip_lib.train.training as train
 from siglip_lib import SigLIP, Tokenizer, load_siglip
 from siglip_lib.data.emoji64 import Emoji64, load_emoji64, split
@@ -141,13 +140,13 @@ def fail(*args, **options):
 
 def first_is_slow(training: Training, folder: Path) -> list[str]:
     """What lies in the folder the moment that ``save_checkpoint`` returns; the first process makes the others wait."""
-    begin, rename = stored_module._begin_folder, os.replace
+    begin, rename = Path.mkdir, os.replace
     if training.rank == 0:
-        stored_module._begin_folder = lambda *args: (time.sleep(0.5), begin(*args))
+        Path.mkdir = lambda *args, **options: (time.sleep(0.5), begin(*args, **options))
         os.replace = lambda *args: (time.sleep(0.5), rename(*args))
     stored = save_checkpoint(training, folder / "slow")
     left = [path.name for path in stored.parent.iterdir()]
-    stored_module._begin_folder, os.replace = begin, rename
+    Path.mkdir, os.replace = begin, rename
     return left
 
 
@@ -404,7 +403,7 @@ DAMAGES = {
     ),
     "a length below 0": (
         lambda s: changed(s, lambda c: setattr(next(iter(c.storage_data.values())), "length", -1)),
-        "a size or a place in it is no number",
+        "length=-1 must be at least 0",
     ),
     "tensors of zeros": (
         lambda s: (s / "__0_0.distcp").write_bytes(bytes((s / "__0_0.distcp").stat().st_size)),

@@ -21,14 +21,12 @@ SIZES = {
     "context_length": ("text_config", "max_position_embeddings", 64),
 }
 
-
 # What is settled here and a choice there.
 _IN_BOTH = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attention_dropout": 0.0}
 _SETTLED = {
     "vision_config": {"num_channels": 3, **_IN_BOTH, "vision_use_head": True},
     "text_config": _IN_BOTH,
 }
-
 
 # What changes no output of the towers: how weights are drawn and loaded, the tokenizer's numbers, what a call returns,
 # and settings of other tasks, which transformers 4.x writes into every file.

@@ -20,7 +20,7 @@ from siglip_lib.storage.names import (
     whole_state,
     without_wrappers,
 )
-from siglip_lib.storage.reading import Files, Get, choose_weights, find_in, read_weights
+from siglip_lib.storage.reading import choose_weights, files_of, read_weights
 from siglip_lib.storage.writing import write_tensors
 
 _CONFIG, _WEIGHTS, _PIECES = "config.json", "model.safetensors", "spiece.model"
@@ -139,21 +139,17 @@ def load_siglip(source: str | Path) -> tuple[SigLIP, Tokenizer]:
             unexpected, of the wrong shape or not finite; the message lists them.
         OSError: the hub cannot be reached; the message says what to download.
     """
-
-    def choose(get: Get) -> tuple[Path, Path, Files]:
-        found = {_CONFIG: get(_CONFIG), _PIECES: get(_PIECES), _WEIGHTS: choose_weights(get)}
-        if lost := [name for name, file in found.items() if not file]:
-            raise FileNotFoundError(f"{str(source)!r} holds no {join_names(lost)}")
-        return tuple(found.values())
-
     if not str(source).startswith("hf-hub:"):
         aside = _aside(Path(source).resolve())
         source = aside if aside.is_dir() and not Path(source).exists() else source
-    config_file, pieces, files = find_in(str(source), choose, f"{_CONFIG}, {_PIECES} and ")
-    config = read_config(config_file)
-    tokenizer = Tokenizer(pieces, config.context_length)
+    with files_of(str(source), f"{_CONFIG}, {_PIECES} and ") as get:
+        there = {_CONFIG: get(_CONFIG), _PIECES: get(_PIECES), _WEIGHTS: choose_weights(get)}
+        if lost := [name for name, file in there.items() if not file]:
+            raise FileNotFoundError(f"{str(source)!r} holds no {join_names(lost)}")
+    config = read_config(there[_CONFIG])
+    tokenizer = Tokenizer(there[_PIECES], config.context_length)
     check_tokenizer(tokenizer, config)
-    found, where = read_weights(files)
+    found, where = read_weights(there[_WEIGHTS])
     found = without_wrappers(found, where)
     check_plain(found, where)
     model = _without_memory(config, len(found))

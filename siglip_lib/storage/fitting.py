@@ -29,11 +29,7 @@ def check_plain(found: Mapping[str, object], where: str) -> None:
 
 
 def check_fit(
-    found: Mapping[str, Tensor],
-    wanted: Views,
-    misfit: str,
-    hint: str = "",
-    same_dtype: bool = False,
+    found: dict[str, Tensor], wanted: Views, misfit: str, hint: str = "", same_dtype: bool = False
 ) -> None:
     """Raise ValueError for tensors of other names, shapes or dtypes than the wanted ones; no element is looked at.
 

@@ -6,9 +6,9 @@ import pickle
 import re
 import stat
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from siglip_lib.storage.names import marked_towers, tower_of
 
 Get = Callable[[str], Path | None]  # from a file's name to its path
 Files = dict[Path, set[str] | None]  # what to read, and which tensors of it; None for all
-Found = TypeVar("Found")
 _HUB = "hf-hub:"
 
 
@@ -27,8 +26,7 @@ def find_weights(source: str) -> Files:
     path = Path(source)
     if _kind(path) == "file":
         return {path: None}
-
-    def choose(get: Get) -> Files:
+    with files_of(source) as get:
         if files := choose_weights(get, tower_only=True):
             return files
         if source.startswith(_HUB):
@@ -40,8 +38,6 @@ def find_weights(source: str) -> Files:
                 f"{len(names)} other safetensors files; name the file itself"
             )
         return {get(names[0]): None}
-
-    return find_in(source, choose)
 
 
 def _kind(path: Path) -> str | None:
@@ -72,61 +68,31 @@ def _file(path: Path) -> Path | None:
     return path if kind else None
 
 
-def find_in(source: str, choose: Callable[[Get], Found], also: str = "") -> Found:
-    """What ``choose`` finds in a folder or a repository of the hub.
+@contextmanager
+def files_of(source: str, also: str = "") -> Iterator[Get]:
+    """Give a function from a file's name to its path in a folder or a repository of the hub, None if there is none.
+
+    From a repository each file is fetched when it is asked for; without a connection there are those fetched before.
 
     Args:
         source: the folder's path or ``hf-hub:owner/name``.
-        choose: is given a function from a file's name to its path, or to None if there is none; raises
-            FileNotFoundError if something lacks.
-        also: files to download beside the weights, for the message where there is no connection.
+        also: files to download beside the weights, for the message where there is no connection and the block raises
+            FileNotFoundError.
     """
-    if source.startswith(_HUB):
-        return _find_on_hub(source.removeprefix(_HUB), choose, also)
-    path = Path(source)
-    kind = _kind(path)
-    if kind == "file":
-        raise NotADirectoryError(f"{source!r} is a file; give the folder that holds it")
-    if kind is None:
-        raise FileNotFoundError(
-            f"no file or folder {source!r}; a repository of the hub is written {_HUB}owner/name"
-        )
-    return choose(lambda name: _file(path / name))
-
-
-def choose_weights(get: Get, tower_only: bool = False) -> Files:
-    """The files to read, out of what ``get`` finds by name: one whole file, or the parts that an index names."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if path := get(name):
-            return {path: None}
-        if index := get(f"{name}.index.json"):
-            parts = _parts(index, tower_only)
-            paths = {part: get(part) for part in parts}
-            if lost := [part for part, path in paths.items() if path is None]:
-                raise FileNotFoundError(f"{index.name} names {join_names(lost)}, missing beside it")
-            return {paths[part]: names for part, names in parts.items()}
-    return {}
-
-
-def _parts(index: Path, tower_only: bool) -> dict[str, set[str]]:
-    """The files that the index of a sharded checkpoint names, all or those that hold the tower, and their tensors."""
-    try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if any(Path(file).name != file for file in where.values()):
-            raise ValueError("it names files outside its folder")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index.name} is no index of a sharded checkpoint: {error!r}") from error
-    prefix = tower_of(where, index.name)[1] if tower_only else ""
-    parts: dict[str, set[str]] = {}
-    for name, file in sorted(where.items(), key=lambda entry: entry[1]):
-        parts.setdefault(file, set()).add(name)
-    return {f: names for f, names in parts.items() if any(n.startswith(prefix) for n in names)}
-
-
-def _find_on_hub(repository: str, choose: Callable[[Get], Found], also: str) -> Found:
-    """What ``choose`` finds in a repository, fetched; without a connection, in what was fetched before."""
+    if not source.startswith(_HUB):
+        path = Path(source)
+        kind = _kind(path)
+        if kind == "file":
+            raise NotADirectoryError(f"{source!r} is a file; give the folder that holds it")
+        if kind is None:
+            raise FileNotFoundError(
+                f"no file or folder {source!r}; a repository of the hub is written {_HUB}owner/name"
+            )
+        yield lambda name: _file(path / name)
+        return
     from huggingface_hub import constants, hf_hub_download, model_info, snapshot_download
 
+    repository = source.removeprefix(_HUB)
     try:
         # fails at once where a download would try for 20 seconds, and waits for an answer no longer than the limit;
         # snapshot_download has none
@@ -135,23 +101,50 @@ def _find_on_hub(repository: str, choose: Callable[[Get], Found], also: str) -> 
         try:
             # no pattern: the folder, however little of the repository was fetched
             folder = snapshot_download(repository, allow_patterns=[], local_files_only=True)
-            return choose(lambda name: _file(Path(folder, name)))
+            yield lambda name: _file(Path(folder, name))
         except FileNotFoundError:
             raise OSError(
                 f"cannot fetch {repository!r} from the hub ({type(offline).__name__}), and it was not fetched before. "
                 f"Download its {also}model.safetensors, or its model.safetensors.index.json and the parts that this "
                 "names, into a folder, and give that folder's path"
             ) from offline
+        return
     names = {file.rfilename for file in about.siblings}
     # one by one: which parts there are is known when the index is there
-    return choose(lambda name: Path(hf_hub_download(repository, name)) if name in names else None)
+    yield lambda name: Path(hf_hub_download(repository, name)) if name in names else None
+
+
+def choose_weights(get: Get, tower_only: bool = False) -> Files:
+    """The files to read, out of what ``get`` finds by name: one whole file, or the parts that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if path := get(name):
+            return {path: None}
+        if index := get(f"{name}.index.json"):
+            return _parts(index, get, tower_only)
+    return {}
+
+
+def _parts(index: Path, get: Get, tower_only: bool) -> Files:
+    """The files that the index of a sharded checkpoint names, all or those that hold the tower, and their tensors."""
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if any(Path(file).name != file for file in where.values()):
+            raise ValueError("it names files outside its folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index.name} is no index of a sharded checkpoint: {error!r}") from error
+    prefix = tower_of(where, index.name)[1] if tower_only else ""
+    parts = sorted({file for name, file in where.items() if name.startswith(prefix)})
+    paths = {file: get(file) for file in parts}
+    if lost := [file for file, path in paths.items() if path is None]:
+        raise FileNotFoundError(f"{index.name} names {join_names(lost)}, missing beside it")
+    return {path: {n for n, f in where.items() if f == file} for file, path in paths.items()}
 
 
 def read_weights(files: Files) -> tuple[dict[str, Tensor], str]:
     """The tensors of all files by name, and what to call these files in a message."""
     state = {}
     for path, names in files.items():
-        found = read_tensors(path)
+        found = _read_tensors(path)
         if names is None:
             names = found.keys()
         elif lost := names - found.keys():
@@ -161,7 +154,7 @@ def read_weights(files: Files) -> tuple[dict[str, Tensor], str]:
     return state, paths[0].name if len(paths) == 1 else paths[0].parent.name
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, by name."""
     if path.suffix != ".safetensors":
         return _tensors_in(_unpickled(path), path.name)

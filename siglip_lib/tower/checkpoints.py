@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from siglip_lib.tower.vision_transformer import VisionTransformer
 
 _Grid = tuple[int, int]  # rows and columns of patches
+_POSITIONS = {"pos_embed", "embeddings.position_embedding.weight"}  # whosever names they are
 
 # What save_weights offers: whose names, and the prefix.
 _LAYOUTS = {
@@ -145,12 +146,6 @@ def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "ti
     write_tensors({prefix + name: tensor for name, tensor in state.items()}, path, **noted)
 
 
-def _positions(found: dict[str, Tensor], wanted: Views) -> str | None:
-    """The name of the position embeddings, if both have them."""
-    names = ("pos_embed", "embeddings.position_embedding.weight")
-    return next((name for name in names if name in found and name in wanted), None)
-
-
 def _fit_positions(
     found: dict[str, Tensor],
     wanted: Views,
@@ -162,7 +157,7 @@ def _fit_positions(
 
     Equal counts are not equal grids: 2 x 8 patches are as many as 4 x 4.
     """
-    name = _positions(found, wanted)
+    name = next(iter(_POSITIONS & found.keys() & wanted.keys()), None)
     if name is None:
         return None
     old, (ours,), new = found[name], wanted[name], model.patch_embed.grid_size
@@ -205,8 +200,7 @@ def _hint(found: dict[str, Tensor], wanted: Views) -> str:
             f". The heads differ: build the model with global_pool={pool!r} and num_classes={classes}, as the "
             "checkpoint's is, load it, and call model.reset_classifier(num_classes, global_pool)"
         )
-    name = _positions(found, wanted)
-    if name and theirs[name] != ours[name]:
+    if any(theirs[name] != ours[name] for name in _POSITIONS & theirs.keys() & ours.keys()):
         said += ". Positions of a grid that is no square are resampled if load_weights is given grid=(rows, columns)"
     return said
 

@@ -30,7 +30,13 @@ from siglip_lib.siglip.text import Tokenizer
 from siglip_lib.train.batches import Batches
 from siglip_lib.train.distributed import PARALLEL, DistributedTraining
 from siglip_lib.train.recipe import TrainConfig
-from siglip_lib.train.stored import load_checkpoint, newest_checkpoint, save_checkpoint, whole_model
+from siglip_lib.train.stored import (
+    errors_of_all,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    whole_model,
+)
 from siglip_lib.train.training import Training
 
 _DESCRIPTION = """Train a SigLIP on emoji64. One process:
@@ -49,16 +55,13 @@ _CONFIG_OPTIONS = {
     "warmup": "steps until the highest learning rate",
     "seed": "of weights, batches, captions and augmentation",
 }
-# how long a process waits for the others: one that died unseen must not keep them for ever
-_TIMEOUT = timedelta(seconds=50)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @record  # torchrun then shows the error of the process that failed first
 def main() -> None:
     """Train as the command line says."""
-    parser = _parser()
-    given = _arguments(parser)
+    parser, given = _command_line()
     stop = _Stop()
     tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
     with _process_group(given.device):
@@ -67,7 +70,14 @@ def main() -> None:
         except ValueError as error:  # --batch does not fit, in all processes alike
             parser.error(str(error))
         checkpoints = given.out / "checkpoints"
-        metrics = _take_folder(given.out, given.resume, training, parser)
+        metrics = None
+        try:
+            with errors_of_all(training):
+                if training.rank == 0:
+                    _check_folder(given.out, given.resume)
+                    metrics = _Metrics(given.out / "metrics.csv")
+        except (OSError, ValueError) as error:
+            parser.error(str(error)) if training.rank == 0 else sys.exit(2)
         with closing(metrics) if metrics else nullcontext():
             if given.resume:
                 load_checkpoint(training, checkpoints)
@@ -186,27 +196,10 @@ def _process_group(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     # what the processes tell each other beside vectors and gradients goes from CPU to CPU, and no GPU waits for it
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT, **meeting())
+    # a process that died unseen must not keep the others for ever
+    dist.init_process_group(backend, timeout=timedelta(seconds=50), **meeting())
     yield
     dist.destroy_process_group()  # not after an error: the others may be gone
-
-
-def _take_folder(
-    out: Path, resume: bool, training: Training, parser: argparse.ArgumentParser
-) -> _Metrics | None:
-    """Open the metrics, in the first process; end all processes if the run would lose what the folder holds."""
-    metrics, refusal = None, [None]
-    if training.rank == 0:
-        try:
-            _check_folder(out, resume)
-            metrics = _Metrics(out / "metrics.csv")
-        except (OSError, ValueError) as error:
-            refusal = [str(error)]
-    if training.group is not None:
-        dist.broadcast_object_list(refusal)
-    if refusal[0]:
-        parser.error(refusal[0]) if training.rank == 0 else sys.exit(2)
-    return metrics
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -234,7 +227,8 @@ def _new_training(given: argparse.Namespace, tokenizer: Tokenizer) -> Training:
     return DistributedTraining(*parts, mesh, given.device, given.parallel or "ddp")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _command_line() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Return what is given, with ``config`` and ``device`` made of it, and the parser, for further errors."""
     parser = argparse.ArgumentParser(
         prog="python -m siglip_lib.train",
         description=_DESCRIPTION,
@@ -247,18 +241,11 @@ def _parser() -> argparse.ArgumentParser:
         default = getattr(TrainConfig, name)
         option = "--" + name.replace("_", "-")
         add(option, type=type(default), default=default, help=f"{what} ({default})")
-    add(
-        "--parallel", choices=PARALLEL, help="of several processes: whole weights in each process (ddp), the default, "
-        "or sharded ones (fsdp2)"
-    )  # fmt: skip
+    add("--parallel", choices=PARALLEL, help="each process has whole weights, or a shard (ddp)")
     devices = ("auto", "cpu", "cuda")
     add("--device", choices=devices, default="auto", help="a GPU if there is one")
     add("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="(1000)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    return parser
-
-
-def _arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     given = parser.parse_args()
     try:
         given.config = TrainConfig(**{name: getattr(given, name) for name in _CONFIG_OPTIONS})
@@ -269,7 +256,7 @@ def _arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if given.parallel and not dist.is_torchelastic_launched():
         how = "start them by python -m siglip_lib.launch"
         parser.error(f"--parallel {given.parallel} is for several processes: {how}")
-    return given
+    return parser, given
 
 
 def _device(name: str) -> torch.device:

@@ -33,10 +33,7 @@ class DistributedTraining(Training):
     before the process group is destroyed.
 
     Args:
-        model: the SigLIP, the same in all processes, changed in place.
-        tokenizer: of its text tower.
-        emoji: the pictures and names.
-        places: (n,) which of the pictures to train on.
+        model, tokenizer, emoji, places: as in ``Training``, the same in all processes.
         config: how to train; ``batch`` counts the pairs of all processes together.
         mesh: the processes, of one dimension, on ``cpu`` or ``cuda``.
         device: this process's.

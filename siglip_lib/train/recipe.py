@@ -41,10 +41,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        plain = {
-            name: positive_int(name, getattr(self, name)) for name in ("steps", "batch", "warmup")
-        }
-        plain["seed"] = count("seed", self.seed)
+        plain = {"seed": count("seed", self.seed)}
+        for name in ("steps", "batch", "warmup"):
+            plain[name] = positive_int(name, getattr(self, name))
         for name, end in (("steps", MOST_STEPS + 1), ("seed", 2**64)):  # torch takes no larger seed
             if plain[name] >= end:
                 raise ValueError(f"{name}={plain[name]} must be below {end}")
@@ -78,19 +77,17 @@ def new_optimizer(model: SigLIP, config: TrainConfig, device: torch.device) -> t
             others.append(parameter)
         else:
             matrices.append(parameter)
-    groups = (
-        (matrices, config.lr, config.weight_decay),
-        (others, config.lr, 0.0),
-        (logit, config.logit_lr, 0.0),
-    )
-    # a learning rate on the device can change without recording the graph anew
     groups = [
+        # a learning rate on the device can change without recording the graph anew
         {"params": p, "lr": torch.tensor(lr, device=device), "highest": lr, "weight_decay": decay}
-        for p, lr, decay in groups
+        for p, lr, decay in (
+            (matrices, config.lr, config.weight_decay),
+            (others, config.lr, 0.0),
+            (logit, config.logit_lr, 0.0),
+        )
     ]
-    optimizer = torch.optim.AdamW(
-        groups, betas=(0.9, 0.98), fused=True, capturable=device.type == "cuda"
-    )
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True, capturable=on_gpu)
     # AdamW would begin so at its first step; now a training that has not begun is stored and resumed as any other
     for parameter in (p for group in groups for p in group["params"] if p.requires_grad):
         optimizer.state[parameter] = {

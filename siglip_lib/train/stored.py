@@ -27,13 +27,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from siglip_lib.base.checks import finite_tensors, join_names
+from siglip_lib.base.checks import count, finite_tensors, join_names
 from siglip_lib.siglip.model import SigLIP
 from siglip_lib.storage.fitting import check_fit
-from siglip_lib.train.state import TrainingState, is_out_of_memory
+from siglip_lib.train.training import Training, errors_mean_damage
 
 
-def save_checkpoint(training: TrainingState, folder: str | Path) -> Path:
+def save_checkpoint(training: Training, folder: str | Path) -> Path:
     """Store a training under ``folder``, whole or not at all, in the place of what is stored there.
 
     Every process of the training calls it; all see the same file system. In ``folder`` only folders whose names are
@@ -54,13 +54,19 @@ def save_checkpoint(training: TrainingState, folder: str | Path) -> Path:
     temporary = final.with_name(final.name + ".part")
     first, tensors = training.rank == 0, training.tensors()
     try:
-        with _errors_of_all(training):
+        with errors_of_all(training):
             finite_tensors(f"{final.name} was not stored: the training has", _local(tensors))
+            if first and final.exists():
+                raise FileExistsError(f"{final.name} is stored already")
             if first:
-                _begin_folder(training, temporary, final)
+                shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+                temporary.mkdir(parents=True)
+                description = {"settings": training.settings(), "step": training.step}
+                text = json.dumps(description | {"losses": training.losses})
+                (temporary / "training.json").write_text(text, encoding="utf-8")
         with _participants(training) as options:
             dcp.save(tensors, checkpoint_id=temporary, **options)
-        with _errors_of_all(training):
+        with errors_of_all(training):
             if first:
                 os.replace(temporary, final)
                 for path in _checkpoints(folder, ".part") + _checkpoints(folder):
@@ -77,7 +83,7 @@ def save_checkpoint(training: TrainingState, folder: str | Path) -> Path:
     return final
 
 
-def load_checkpoint(training: TrainingState, folder: str | Path) -> None:
+def load_checkpoint(training: Training, folder: str | Path) -> None:
     """Resume what ``save_checkpoint`` stored under ``folder``, by however many processes, however they shared it.
 
     Nothing in the files is run, whoever wrote them.
@@ -87,27 +93,30 @@ def load_checkpoint(training: TrainingState, folder: str | Path) -> None:
         ValueError: it was stored with other settings, or is damaged; nothing was changed.
         OSError: it can't be read.
     """
-    with _errors_of_all(training):
+    ours = training.tensors()
+    with errors_of_all(training):
         stored = newest_checkpoint(folder)
         if stored is None:
             raise FileNotFoundError(f"folder={str(folder)!r} holds no checkpoint")
-        with _errors_mean_damage(stored):
+        with errors_mean_damage(stored):
             if odd := [path.name for path in stored.iterdir() if not path.is_file()]:
                 raise ValueError(f"{join_names(odd)} is no file")  # to read a pipe might never end
             description = json.loads((stored / "training.json").read_text(encoding="utf-8"))
         training.check_description(description, stored.name)
-        views = training.views()
-        with _errors_mean_damage(stored):
-            contents = _contents(stored / ".metadata", views)
-    tensors = {name: torch.full_like(tensor, math.nan) for name, (tensor,) in views.items()}
-    with _errors_of_all(training), _errors_mean_damage(stored):
+        with errors_mean_damage(stored):
+            contents = _contents(stored / ".metadata", ours)
+    tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in ours.items()}
+    with errors_of_all(training), errors_mean_damage(stored):
         with _participants(training) as options:
             reader = FileSystemReader(stored)
             reader.read_metadata = lambda: contents  # torch's own unpickles whatever the file holds
-            dcp.load(tensors, storage_reader=reader, **options)
+            try:
+                dcp.load(tensors, storage_reader=reader, **options)
+            except CheckpointException as error:
+                raise _cause(error) from None
         # what the files did not fill is still NaN
         finite_tensors("there are", _local(tensors))
-    with _errors_of_all(training):
+    with errors_of_all(training):
         training.restore(tensors, description, stored)
 
 
@@ -116,7 +125,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return max(_checkpoints(Path(folder)), default=None)
 
 
-def whole_model(training: TrainingState) -> SigLIP | None:
+def whole_model(training: Training) -> SigLIP | None:
     """Return the model with all its weights, on the CPU, in the first process; None in the others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(training.model, options=options)
@@ -133,16 +142,6 @@ def _checkpoints(folder: Path, ending: str = "") -> list[Path]:
     name = re.compile(r"step_\d{9}" + re.escape(ending), re.ASCII)
     named = (path for path in folder.glob("step_*") if name.fullmatch(path.name))
     return [path for path in named if path.is_dir() and not path.is_symlink()]
-
-
-def _begin_folder(training: TrainingState, temporary: Path, final: Path) -> None:
-    if final.exists():
-        raise FileExistsError(f"{final.name} is stored already")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    temporary.mkdir(parents=True)
-    description = {"settings": training.settings()}
-    description |= {"step": training.step, "losses": training.losses}
-    (temporary / "training.json").write_text(json.dumps(description), encoding="utf-8")
 
 
 class _Inert:
@@ -164,73 +163,40 @@ class _Unpickler(pickle.Unpickler):
         return type(name, (_Inert,), {})
 
 
-def _contents(path: Path, views: dict[str, list[Tensor]]) -> Metadata:
+def _contents(path: Path, ours: dict[str, Tensor]) -> Metadata:
     """Read where which part of each of our tensors lies. What a file says else is left where it is."""
     with path.open("rb") as file:
         table = _Unpickler(file).load().state
-    # the optimizer's constants were stored once; they follow from the settings
-    stored = {
-        name: entry.state
-        for name, entry in table["state_dict_metadata"].items()
-        if not name.startswith("optimizer.param_groups.")
-    }
-    if odd := [name for name, entry in stored.items() if "properties" not in entry]:
-        raise ValueError(f"{join_names(odd)} is no tensor")
     without_memory, entries, places = {}, {}, {}
-    for name, entry in stored.items():
+    for name, stored in table["state_dict_metadata"].items():
+        # the optimizer's constants were stored once; they follow from the settings
+        if name.startswith("optimizer.param_groups."):
+            continue
+        entry = stored.state
+        if "properties" not in entry:
+            raise ValueError(f"{name} is no tensor")
         dtype, size = getattr(torch, entry["properties"].state[0].__name__), _size(entry["size"])
-        parts = [(part.state["offsets"], part.state["sizes"]) for part in entry["chunks"]]
-        chunks = [ChunkStorageMetadata(*map(_size, part)) for part in parts]
+        parts = [part.state for part in entry["chunks"]]
+        chunks = [ChunkStorageMetadata(_size(p["offsets"]), _size(p["sizes"])) for p in parts]
         entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
         without_memory[name] = torch.empty(size, dtype=dtype, device="meta")
-    check_fit(without_memory, views, "its tensors do not fit", same_dtype=True)
+    wanted = {name: [tensor] for name, tensor in ours.items()}
+    check_fit(without_memory, wanted, "its tensors do not fit", same_dtype=True)
     for index, place in table["storage_data"].items():
-        file, start, length = (place.state[key] for key in ("relative_path", "offset", "length"))
+        file = place.state["relative_path"]
         # torch gives each process a file of such a name
         if type(file) is not str or not re.fullmatch(r"__\d+_\d+\.distcp", file, re.ASCII):
             raise ValueError(f"{file!r} lies elsewhere")
-        _counts((start, length))
+        start, length = (count(key, place.state[key]) for key in ("offset", "length"))
         name, offset, which = (index.state[key] for key in ("fqn", "offset", "index"))
-        if name in views:
+        if name in ours:
             places[MetadataIndex(name, _size(offset), which)] = _StorageInfo(file, start, length)
     return Metadata(entries, storage_data=places)
 
 
 def _size(stored: _Inert) -> torch.Size:
-    return torch.Size(_counts(*stored.given))
-
-
-def _counts(values: tuple) -> tuple[int, ...]:
-    if type(values) is not tuple or not all(type(n) is int and n >= 0 for n in values):
-        raise ValueError("a size or a place in it is no number")
-    return values
-
-
-@contextmanager
-def _errors_mean_damage(stored: Path) -> Iterator[None]:
-    """Say of a checkpoint that it is damaged, unless what went wrong lies elsewhere."""
-    try:
-        yield
-    except (Exception, CheckpointException) as error:
-        cause = _cause(error)
-        if _lies_elsewhere(cause):
-            raise cause from None
-        # torch's own text advises to run what the file asks for
-        said = "no tensor" if isinstance(cause, pickle.UnpicklingError) else cause
-        raise ValueError(
-            f"{stored} is damaged: {type(cause).__name__}: {said}; start anew in another folder"
-        ) from None
-
-
-def _lies_elsewhere(cause: BaseException) -> bool:
-    """Whether the disk, the memory or another process is at fault; a file that a checkpoint lacks is damage."""
-    if isinstance(cause, OSError):
-        return not isinstance(cause, FileNotFoundError)
-    # gloo has no class of errors of its own, but names its source file
-    lost = isinstance(cause, dist.DistError) or (
-        type(cause) is RuntimeError and "third_party/gloo" in str(cause)
-    )
-    return lost or is_out_of_memory(cause)
+    (sides,) = stored.given
+    return torch.Size([count("size", side) for side in sides])
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -249,12 +215,12 @@ def _local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _errors_of_all(training: TrainingState) -> Iterator[None]:
+def errors_of_all(training: Training) -> Iterator[None]:
     """Wait for all processes; what went wrong in one is raised in all, so that none continues alone."""
     error = None
     try:
         yield
-    except (Exception, CheckpointException) as caught:
+    except Exception as caught:
         error = caught
     errors = [error]
     if training.group is not None:
@@ -266,11 +232,9 @@ def _errors_of_all(training: TrainingState) -> Iterator[None]:
 
 
 @contextmanager
-def _participants(training: TrainingState) -> Iterator[dict[str, object]]:
+def _participants(training: Training) -> Iterator[dict[str, object]]:
     """Tell torch.distributed.checkpoint who takes part."""
-    if training.group is not None:
-        yield {"process_group": training.group}
-        return
     with warnings.catch_warnings():  # it warns of what it was asked for
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield {"no_dist": True}
+        alone = training.group is None
+        yield {"no_dist": True} if alone else {"process_group": training.group}

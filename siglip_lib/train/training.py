@@ -7,34 +7,40 @@ one at once.
 """
 
 import math
+import pickle
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from siglip_lib.base.checks import finite_tensors
 from siglip_lib.data.augmentation import augment
 from siglip_lib.data.emoji64 import Emoji64
 from siglip_lib.siglip.losses import sigmoid_loss
 from siglip_lib.siglip.model import SigLIP, check_tokenizer
 from siglip_lib.siglip.text import Tokenizer
+from siglip_lib.storage.fitting import check_fit, check_plain
+from siglip_lib.storage.writing import replacing
 from siglip_lib.train.batches import Batches
-from siglip_lib.train.recipe import TrainConfig, schedule
-from siglip_lib.train.state import TrainingState
+from siglip_lib.train.recipe import TrainConfig, new_optimizer, schedule
 
 _HALF_A_STEP = "it was broken off within a step, which left the weights half changed"
+_NO_DAMAGE = (OSError, MemoryError, torch.OutOfMemoryError, dist.DistError)
 
 
 class Diverged(Exception):
     """The loss is no longer a finite number."""
 
 
-class Training(TrainingState):
+class Training:
     """A training that can be run in parts, stored, and resumed.
 
     Args:
@@ -57,6 +63,8 @@ class Training(TrainingState):
         ValueError: there are fewer pictures than a batch needs, or the tokenizer does not fit the model.
     """
 
+    group: dist.ProcessGroup | None = None  # the processes that train together; None for one alone
+    rank = 0  # of this process in it
     _rows = slice(None)  # of each batch; of several processes each has some
     # before a CUDA graph is recorded: libraries set themselves up in the first ones
     _eager_steps: float = 3
@@ -74,14 +82,18 @@ class Training(TrainingState):
     ) -> None:
         check_tokenizer(tokenizer, model.config)
         device = torch.device(device)
+        self.model, self.config, self.device = model, config, device
         self._batches = Batches(emoji, places, tokenizer, config, device)
         model.to(device).train()
         self._pair_loss = self._new_pair_loss(model)  # may shard the weights: before the optimizer
-        super().__init__(model, config, device)
+        self.optimizer = new_optimizer(model, config, device)
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self.step, self.losses = 0, []
+        self.stored: Path | None = None
+        self._damage: str | None = None  # why it can't go on
         # what the graph reads: the rows of the current step
-        self._inputs = {
-            name: rows[self._rows].clone() for name, rows in self._batches.of_step(0).items()
-        }
+        first = self._batches.of_step(0)
+        self._inputs = {name: rows[self._rows].clone() for name, rows in first.items()}
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_steps_done = 0
         self._loss = torch.zeros((), device=device)  # that the graph writes
@@ -120,18 +132,113 @@ class Training(TrainingState):
         """Return the learning rate at a step: ``lr``, less in the warm-up and along the cosine."""
         return self.config.lr * schedule(step, self.config)
 
+    def save(self, path: str | Path) -> None:
+        """Store the training as it stands in one file, whole or not at all.
+
+        Raises:
+            ValueError: a weight or a moment is not finite.
+            RuntimeError: the model is damaged, see ``run``.
+        """
+        path = Path(path)
+        self.check_usable()
+        finite_tensors(f"{path.name} was not written: the training has", self.tensors())
+        state = {
+            "config": asdict(self.config),
+            "sizes": asdict(self.model.config),
+            "step": self.step,
+            "losses": torch.tensor(self.losses),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+        self.stored = path
+
+    def load(self, path: str | Path) -> None:
+        """Resume a training that ``save`` stored, of the same configuration and sizes.
+
+        Raises:
+            ValueError: it was stored with others, or is damaged; nothing was changed.
+        """
+        path = Path(path)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        with errors_mean_damage(path):
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            description = {"settings": state["config"] | state["sizes"], "step": state["step"]}
+            description["losses"] = state["losses"].tolist()
+            moments = {parameters[i]: some for i, some in state["optimizer"]["state"].items()}
+            tensors = self._by_name(state["model"], moments)
+        self.check_description(description, path.name)
+        check_plain(tensors, path.name)
+        ours = {name: [tensor] for name, tensor in self.tensors().items()}
+        check_fit(tensors, ours, f"{path.name} is damaged", same_dtype=True)
+        finite_tensors(f"{path.name} is damaged: there are", tensors)
+        self.restore(tensors, description, path)
+
     def check_usable(self) -> None:
-        """As in ``TrainingState``; losses of steps that were done when something broke off ``run`` are recorded."""
-        super().check_usable()
+        """Raise RuntimeError if what broke off a step, or a loss that was not finite, damaged the model.
+
+        Losses of steps that were done when something broke off ``run`` are recorded.
+        """
+        if self._damage:
+            how = f"resume from '{self.stored}'" if self.stored else "none is stored, start anew"
+            raise RuntimeError(f"the training can't go on: {self._damage}; {how}")
         self._record_losses()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all weights and moments by name: those that the training works on, no copies."""
+        return self._by_name(self.model.state_dict(), self.optimizer.state)
+
+    def settings(self) -> dict[str, object]:
+        """Return what has to be the same where a stored training is resumed."""
+        return asdict(self.config) | asdict(self.model.config)
+
+    def check_description(self, description: object, where: str) -> None:
+        """Raise ValueError for what describes no stored training, or one with other settings.
+
+        Args:
+            description: its ``settings``, ``step`` and ``losses``.
+            where: its name, for messages.
+        """
+        if not isinstance(description, dict) or not isinstance(description.get("settings"), dict):
+            raise ValueError(f"{where} is damaged: it does not tell its settings")
+        stored, here, steps = description["settings"], self.settings(), self.config.steps
+        if odd := sorted(map(str, stored.keys() ^ here.keys())):
+            raise ValueError(f"{where} is of another version, or damaged: not in both are {odd}")
+        if differs := {name: value for name, value in stored.items() if value != here[name]}:
+            raise ValueError(f"{where} was stored with other settings: {differs}")
+        step, losses = description.get("step"), description.get("losses")
+        if type(step) is not int or not 0 <= step <= steps:
+            raise ValueError(f"{where} is damaged: step={step!r} must lie in 0 to {steps}")
+        if not isinstance(losses, list) or len(losses) != step:
+            raise ValueError(f"{where} is damaged: it must hold the losses of {step} steps")
+        if not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
+            raise ValueError(f"{where} is damaged: a loss is not finite")
+
     def restore(self, tensors: Mapping[str, Tensor], description: dict, stored: Path) -> None:
+        """Put checked weights, moments, step and losses of a stored training in the place of these."""
         self.release()
-        super().restore(tensors, description, stored)
+        step = description["step"]
+        for name, tensor in tensors.items():
+            if name.endswith(".step") and not (tensor == step).all():
+                raise ValueError(f"{stored.name} is damaged: {name} is not {step}")
+        self._damage = "it was stopped while a stored one was put in its place"
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(tensors[name])
+        self.step, self.losses, self.stored = step, description["losses"], stored
+        self._damage = None
 
     def release(self) -> None:
         """Free the CUDA graph; NCCL waits for that where a process group ends. A further step records a new one."""
         self._graph, self._eager_steps_done = None, 0
+
+    def _by_name(self, model: Mapping, moments: Mapping) -> dict[str, Tensor]:
+        return {f"model.{name}": tensor for name, tensor in model.items()} | {
+            f"optimizer.state.{self._names[parameter]}.{kind}": tensor
+            for parameter, some in moments.items()
+            for kind, tensor in some.items()
+        }
 
     def _run_block(self, end: int, interrupts: list[int]) -> bool:
         """Train up to step ``end``, or stop if interrupted; return whether this process or another was."""
@@ -187,20 +294,16 @@ class Training(TrainingState):
             group["lr"].fill_(group["highest"] * share)
 
     def _one_step(self) -> Tensor:
-        if self._graph is not None:
-            return self._replay()
-        if self.device.type != "cuda" or self._eager_steps_done < self._eager_steps:
-            self._eager_steps_done += 1
-            return self._forward_backward_update()
-        graph = torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad(set_to_none=True)
-        # what other threads do, such as the one that watches over NCCL, must not spoil the recording
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._loss = self._forward_backward_update()
-        self._graph = graph
-        return self._replay()  # recording ran nothing
-
-    def _replay(self) -> Tensor:
+        if self._graph is None:
+            if self.device.type != "cuda" or self._eager_steps_done < self._eager_steps:
+                self._eager_steps_done += 1
+                return self._forward_backward_update()
+            graph = torch.cuda.CUDAGraph()
+            self.optimizer.zero_grad(set_to_none=True)
+            # what other threads do, such as the one that watches over NCCL, must not spoil the recording
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._loss = self._forward_backward_update()
+            self._graph = graph  # recording ran nothing
         self._damage = _HALF_A_STEP
         self._graph.replay()
         return self._loss
@@ -239,13 +342,9 @@ class PairLoss(nn.Module):
         self.model, self.loss = model, loss
 
     def forward(self, pixels: Tensor, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
+        kind = pixels.device.type
         # a cache of converted weights would not outlive the recording of a graph
-        with torch.autocast(
-            pixels.device.type,
-            torch.bfloat16,
-            enabled=pixels.device.type == "cuda",
-            cache_enabled=False,
-        ):
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False):
             image, text = self.model.encode_image(pixels), self.model.encode_text(tokens)
         return self.loss(image, text, self.model.logit_scale, self.model.logit_bias, ids, ids)
 
@@ -289,3 +388,25 @@ def _deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def errors_mean_damage(stored: Path) -> Iterator[None]:
+    """Say of a stored training that it is damaged, unless the disk, the memory or another process is at fault.
+
+    A file that a checkpoint's folder lacks is damage; a checkpoint that is not there at all is not.
+    """
+    try:
+        yield
+    except Exception as error:
+        lacking = isinstance(error, FileNotFoundError) and stored.exists()
+        # torch on a CPU and gloo have no class of errors of their own; gloo names its source file
+        text = str(error) if type(error) is RuntimeError else ""
+        elsewhere = "can't allocate memory" in text or "third_party/gloo" in text
+        if elsewhere or (isinstance(error, _NO_DAMAGE) and not lacking):
+            raise
+        # torch's own text advises to run what the file asks for
+        said = "no tensor" if isinstance(error, pickle.UnpicklingError) else error
+        raise ValueError(
+            f"{stored} is no stored training, or is damaged: {type(error).__name__}: {said}; start anew elsewhere"
+        ) from None
