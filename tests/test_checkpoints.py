@@ -1032,7 +1032,11 @@ def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(source, monkeypa
 @pytest.mark.parametrize(
     ("path", "layout", "said"),
     [
-        ("a.safetensors", "jax", "layout='jax' is unknown; allowed are timm, deepseek_vl2, transf"),
+        (
+            "a.safetensors",
+            "jax",
+            "layout='jax' is unknown; allowed are 'timm', 'deepseek_vl2', 'transf",
+        ),
         ("a.bin", "timm", "a.bin' must end in .safetensors"),
     ],
 )

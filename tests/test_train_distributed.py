@@ -319,7 +319,7 @@ def test_told_to_stop_all_do(found):
 def test_what_cannot_be_shared_is_refused_by_all(found):
     for here in found:
         assert here["batch"] == "batch=18 must be a multiple of 4, the number of processes"
-        assert here["parallel"].startswith("parallel='tp' is unknown; allowed are ('ddp', 'fsdp2')")
+        assert here["parallel"].startswith("parallel='tp' is unknown; allowed are 'ddp', 'fsdp2'")
 
 
 # --- checkpoints that somebody else wrote, or that are damaged ---

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from siglip_lib.base.checks import FLOATS, check_tensor, number
-from siglip_lib.base.observers import has_mode
 from siglip_lib.base.operators import operators_of, register_operator
 from siglip_lib.kernels import check_device
 
@@ -65,7 +64,7 @@ def fused_residual(
     learned = [t for t in (x, branch, gamma) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
         return _FusedResidual.apply(x, branch, gamma, keep, scale)
-    return _operator("fused_residual")(x, branch, gamma, keep, scale)
+    return torch.ops.siglip_lib.fused_residual(x, branch, gamma, keep, scale)
 
 
 class _FusedResidual(torch.autograd.Function):
@@ -76,7 +75,7 @@ class _FusedResidual(torch.autograd.Function):
         learns = gamma is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(branch if learns else None, gamma, keep)
         ctx.scale, ctx.dtype = scale, branch.dtype
-        return _operator("fused_residual")(x, branch, gamma, keep, scale)
+        return torch.ops.siglip_lib.fused_residual(x, branch, gamma, keep, scale)
 
     @staticmethod
     @once_differentiable
@@ -87,7 +86,7 @@ class _FusedResidual(torch.autograd.Function):
             return incoming, incoming.to(ctx.dtype) if for_branch else None, None, None, None
         d_branch = d_gamma = None
         if for_branch or for_gamma:
-            backward = _operator("fused_residual_backward")
+            backward = torch.ops.siglip_lib.fused_residual_backward
             dtype = ctx.dtype if for_branch else None
             d_branch, d_gamma = backward(incoming, branch, gamma, keep, ctx.scale, dtype)
         return (
@@ -275,13 +274,6 @@ def _tile(channels: int) -> tuple[int, int]:
 def _contiguous(t: Tensor | None) -> Tensor | None:
     """Return ``t`` as the kernels' addresses want it."""
     return None if t is None else t.contiguous()
-
-
-def _operator(name: str):
-    """Return what launches a kernel: an operator of its own where compiled code, or a mode, would see no kernel."""
-    if torch.compiler.is_compiling() or has_mode():
-        return getattr(torch.ops.siglip_lib, name)
-    return {"fused_residual": _forward, "fused_residual_backward": _backward}[name]
 
 
 def _forward_fake(x, branch, gamma, keep, scale):

@@ -116,19 +116,11 @@ def launch_trunc_normal_(
     start: int = 0,
     counters: int = _COUNTERS,
 ) -> None:
-    """Launch the kernel on a tensor that has been checked.
+    """Launch the kernel on a tensor that has been checked and is not empty.
 
-    Args:
-        tensor: any shape, not empty.
-        mean: see ``trunc_normal_philox_``.
-        std: likewise.
-        low: smallest number of the tensor's dtype that is allowed.
-        high: largest one.
-        alpha: lower bound in standard deviations from the mean.
-        beta: upper bound likewise.
-        seed: in [0, 2**63).
-        start: counter of the first four elements.
-        counters: how many counters a thread block takes.
+    ``low`` and ``high`` are the smallest and largest number of its dtype that are allowed, ``alpha`` and ``beta`` the
+    bounds in standard deviations from the mean. ``start`` is the counter of the first four elements, and ``counters``
+    says how many counters a thread block takes.
     """
     out = tensor.contiguous()
     blocks = triton.cdiv(out.numel(), 4 * counters)

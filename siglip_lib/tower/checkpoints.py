@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from siglip_lib.base.checks import finite_tensors, pair
+from siglip_lib.base.checks import finite_tensors, one_of, pair
 from siglip_lib.storage.fitting import Views, check_finite, check_fit, check_plain, fill
 from siglip_lib.storage.names import (
     IMAGE_TOWER,
@@ -130,8 +130,7 @@ def save_weights(model: "VisionTransformer", path: str | Path, layout: str = "ti
         OSError: the file cannot be written.
     """
     path = Path(path)
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown; allowed are {', '.join(_LAYOUTS)}")
+    one_of("layout", layout, _LAYOUTS)
     if path.suffix != ".safetensors":
         raise ValueError(f"path={str(path)!r} must end in .safetensors")
     names, prefix = _LAYOUTS[layout]

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from siglip_lib.base.checks import one_of
 from siglip_lib.data.emoji64 import Emoji64
 from siglip_lib.siglip.model import SigLIP
 from siglip_lib.siglip.ring_loss import ring_sigmoid_loss
@@ -56,8 +57,7 @@ class DistributedTraining(Training):
         device: torch.device | str,
         parallel: str = "ddp",
     ) -> None:
-        if parallel not in PARALLEL:
-            raise ValueError(f"parallel={parallel!r} is unknown; allowed are {PARALLEL}")
+        one_of("parallel", parallel, PARALLEL)
         world = mesh.size()
         if config.batch % world:
             raise ValueError(
