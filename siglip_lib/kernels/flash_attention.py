@@ -52,30 +52,17 @@ class Blocks:
     registers: int | None = None
 
 
-# By kernel and head_dim, as tools/tune_kernels.py found them on an H200 among those that are right.
-BLOCKS = {
-    "forward": {
-        64: Blocks(128, 64, 8, 3),
-        72: Blocks(128, 64, 4, 3),
-        80: Blocks(128, 64, 8, 3, 128),
-        96: Blocks(128, 64, 8, 3, 128),
-        128: Blocks(128, 32, 8, 3),
-    },
-    "queries": {
-        64: Blocks(128, 64, 8, 3),
-        72: Blocks(128, 32, 8, 3),
-        80: Blocks(128, 32, 8, 3),
-        96: Blocks(128, 32, 8, 3),
-        128: Blocks(128, 64, 8, 3),
-    },
-    "keys": {
-        64: Blocks(64, 32, 4, 3),
-        72: Blocks(64, 32, 4, 3, 168),
-        80: Blocks(64, 64, 4, 3),
-        96: Blocks(64, 64, 4, 3),
-        128: Blocks(64, 32, 4, 3),
-    },
+# Of the kernels forward, queries and keys by head_dim, as tools/tune_kernels.py found them on an H200 among those that
+# are right.
+_TUNED = {
+    64: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
+    72: (Blocks(128, 64, 4, 3), Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 3, 168)),
+    80: (Blocks(128, 64, 8, 3, 128), Blocks(128, 32, 8, 3), Blocks(64, 64, 4, 3)),
+    96: (Blocks(128, 64, 8, 3, 128), Blocks(128, 32, 8, 3), Blocks(64, 64, 4, 3)),
+    128: (Blocks(128, 32, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
 }
+_KERNELS = ("forward", "queries", "keys")
+BLOCKS = {name: {dim: found[i] for dim, found in _TUNED.items()} for i, name in enumerate(_KERNELS)}
 
 
 def flash_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
@@ -462,22 +449,12 @@ def _launch(name: str, qkv: Tensor, *arguments) -> None:
     kernel = {"forward": _forward_kernel, "keys": _keys_kernel, "queries": _queries_kernel}[name]
     batch, tokens, _, heads, dim = qkv.shape
     blocks, (main, rest) = BLOCKS[name][dim], _cut(dim)
+    constants = dict(HEADS=heads, DIM=dim, MAIN=main, REST=rest, OWN=blocks.own, READ=blocks.read)
+    options = dict(num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers)
+    masked, programs = tokens % blocks.read != 0, triton.cdiv(tokens, blocks.own) * batch * heads
+    arguments += (tokens, _padded(tokens))
     with torch.cuda.device_of(qkv):  # Triton launches on the current GPU, not on the tensor's
-        kernel[(triton.cdiv(tokens, blocks.own) * batch * heads,)](
-            *arguments,
-            tokens,
-            _padded(tokens),
-            HEADS=heads,
-            DIM=dim,
-            MAIN=main,
-            REST=rest,
-            OWN=blocks.own,
-            READ=blocks.read,
-            MASKED=tokens % blocks.read != 0,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-            maxnreg=blocks.registers,
-        )
+        kernel[(programs,)](*arguments, **constants, MASKED=masked, **options)
 
 
 def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -51,25 +51,11 @@ def pair_losses(
     d_bias = loss if dtype is None else torch.empty_like(loss)
     d_logits = loss if dtype is None else torch.empty_like(dots, dtype=dtype)
     matrix = isinstance(positive, Tensor)
+    together = positive.contiguous().view(torch.uint8) if matrix else dots
+    given = (dots, together, d_logits, loss, d_bias, scale, bias, 0 if matrix else positive)
+    constants = dict(MATRIX=matrix, GRADIENTS=dtype is not None, ROWS=_ROWS, COLUMNS=_COLUMNS)
     with torch.cuda.device_of(dots):  # Triton launches on the current GPU, not on the tensor's
-        _kernel[(programs,)](
-            dots,
-            positive.contiguous().view(torch.uint8) if matrix else dots,
-            d_logits,
-            loss,
-            d_bias,
-            scale,
-            bias,
-            0 if matrix else positive,
-            rows,
-            columns,
-            across,
-            1 / unit,
-            MATRIX=matrix,
-            GRADIENTS=dtype is not None,
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
-        )
+        _kernel[(programs,)](*given, rows, columns, across, 1 / unit, **constants)
     if dtype is None:
         return loss.sum(), torch.zeros_like(bias), None
     return loss.sum(), d_bias.sum(), d_logits

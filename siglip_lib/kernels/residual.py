@@ -202,23 +202,13 @@ def _forward(
     x, branch, gamma, keep = (_contiguous(t) for t in (x, branch, gamma, keep))
     out = torch.empty_like(x)
     batch, tokens, channels = x.shape
-    block_rows, block_columns = _tile(channels)
-    programs = triton.cdiv(batch * tokens, block_rows) * triton.cdiv(channels, block_columns)
+    rows, columns = _tile(channels)
+    constants = dict(CHANNELS=channels, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
+    programs = triton.cdiv(batch * tokens, rows) * triton.cdiv(channels, columns)
+    given = (x, branch, gamma, keep, out, batch * tokens, tokens, scale)
     if out.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current GPU, not on the tensor's
-            _forward_kernel[(programs,)](
-                x,
-                branch,
-                gamma,
-                keep,
-                out,
-                batch * tokens,
-                tokens,
-                scale,
-                CHANNELS=channels,
-                BLOCK_ROWS=block_rows,
-                BLOCK_COLUMNS=block_columns,
-            )
+            _forward_kernel[(programs,)](*given, **constants)
     return out
 
 
@@ -234,31 +224,19 @@ def _backward(
     incoming, branch, gamma, keep = (_contiguous(t) for t in (incoming, branch, gamma, keep))
     for_branch, for_gamma = dtype is not None, branch is not None
     batch, tokens, channels = incoming.shape
-    block_rows, block_columns = _tile(channels)
-    blocks = triton.cdiv(batch * tokens, block_rows)
-    tiles = triton.cdiv(channels, block_columns)
+    rows, columns = _tile(channels)
+    constants = dict(CHANNELS=channels, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
+    blocks, tiles = triton.cdiv(batch * tokens, rows), triton.cdiv(channels, columns)
     # many rows a thread block make few sums to be added afterwards, but leave too few blocks for a GPU
     steps = max(1, blocks * tiles // _PROGRAMS) if for_gamma else 1
     programs = triton.cdiv(blocks, steps)
     d_branch = incoming.new_empty(incoming.shape if for_branch else 0, dtype=dtype)
     sums = incoming.new_empty((programs, channels if for_gamma else 0), dtype=torch.float32)
+    results = (d_branch if for_branch else None, sums if for_gamma else None)
+    given = (incoming, branch, gamma, keep, *results, batch * tokens, tokens, scale, steps)
     if incoming.numel():
         with torch.cuda.device_of(incoming):
-            _backward_kernel[(programs * tiles,)](
-                incoming,
-                branch,
-                gamma,
-                keep,
-                d_branch if for_branch else None,
-                sums if for_gamma else None,
-                batch * tokens,
-                tokens,
-                scale,
-                steps,
-                CHANNELS=channels,
-                BLOCK_ROWS=block_rows,
-                BLOCK_COLUMNS=block_columns,
-            )
+            _backward_kernel[(programs * tiles,)](*given, **constants)
     return d_branch, sums.sum(0).to(gamma.dtype if for_gamma else sums.dtype)
 
 

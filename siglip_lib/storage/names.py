@@ -7,10 +7,7 @@ from torch import Tensor, nn
 from siglip_lib.base.checks import join_names
 
 # Every tower has one of these tensors; what stands before the name is the tower's prefix.
-_MARKS = {
-    "patch_embed.proj.weight": "timm",
-    "embeddings.patch_embedding.weight": "transformers",
-}
+_MARKS = {"patch_embed.proj.weight": "timm", "embeddings.patch_embedding.weight": "transformers"}
 
 # What torch.compile (the first), DataParallel and DistributedDataParallel call what they wrap.
 _WRAPPERS = ("_orig_mod", "module")
