@@ -86,8 +86,7 @@ def finite_tensors(where: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError if elements are NaN or infinite. It begins with ``where`` and names a few of the tensors."""
     bad = [name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
     if bad:
-        names = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise ValueError(f"{where} NaN or infinite elements in {names}")
+        raise ValueError(f"{where} NaN or infinite elements in {join_names(bad, most=5)}")
 
 
 def check_tensor(
