@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
-from siglip_lib import kernels
 from siglip_lib.base.offers import TRITON_HEAD_DIMS as HEAD_DIMS
 from siglip_lib.base.offers import TRITON_MAX_TOKENS as MAX_TOKENS
+from siglip_lib.kernels import device as kernel_device
 from siglip_lib.kernels import flash_attention as module
 from siglip_lib.kernels.flash_attention import flash_attention
 
@@ -197,7 +197,7 @@ def test_strides_dtypes_devices_and_scales_that_are_not_offered(device, monkeypa
             flash_attention(qkv, scale)
     with pytest.raises(ValueError, match="qkv is on meta; the kernel needs a CUDA GPU"):
         flash_attention(qkv.to("meta"))
-    monkeypatch.setattr(kernels, "is_interpreted", lambda kernel: False)
+    monkeypatch.setattr(kernel_device, "is_interpreted", lambda kernel: False)
     with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1 .* attend\(backend='sdpa'\)"):
         flash_attention(qkv.cpu())
 

@@ -76,18 +76,14 @@ def _failure(backend: Backend, case: AttentionCase) -> str | None:
                 imported[backend.package] = _import_quietly(backend.package)
             if not is_observed():
                 _try(backend, case)
-        except Exception as error:  # whatever a library raises for a case is its reason
-            if _is_for_want_of_memory(error):
-                raise  # says nothing of the backend
+        except (torch.OutOfMemoryError, MemoryError):
+            raise  # says nothing of the backend
+        except Exception as error:  # whatever else a library raises for a case is its reason
+            # not every library raises the two
+            if any(text in str(error).lower() for text in ("out of memory", "alloc_failed")):
+                raise
             return _shortest_reason(error, [str(w.message) for w in said])
     return None
-
-
-def _is_for_want_of_memory(error: Exception) -> bool:
-    # not every library raises the first two
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        text in str(error).lower() for text in ("out of memory", "alloc_failed")
-    )
 
 
 def _shortest_reason(error: Exception, said: list[str]) -> str:

@@ -7,21 +7,6 @@ it is imported: so this has to come first.
 import os
 
 import torch
-from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-def is_interpreted(kernel: object) -> bool:
-    """Whether Triton made a function for its interpreter of ``kernel``, and not one for a GPU."""
-    return type(kernel).__name__ == "InterpretedFunction"
-
-
-def check_device(name: str, x: Tensor, kernel: object, instead: str) -> None:
-    """Raise a ValueError unless ``kernel`` runs where ``x`` is; the message ends with what to do ``instead``."""
-    if not x.is_cuda and not (x.device.type == "cpu" and is_interpreted(kernel)):
-        raise ValueError(
-            f"{name} is on {x.device}; the kernel needs a CUDA GPU, or on a CPU TRITON_INTERPRET=1 set"
-            f" before it is imported; else {instead}"
-        )

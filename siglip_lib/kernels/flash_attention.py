@@ -26,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 from siglip_lib.base.checks import check_tensor, finite
 from siglip_lib.base.offers import why_not_our_kernel
 from siglip_lib.base.operators import operators_of, register_operator
-from siglip_lib.kernels import check_device
+from siglip_lib.kernels.device import check_device
 
 _LOG2_E = math.log2(math.e)
 _ROWS = 128  # what lse and delta are padded to: no block is larger, so none reads past their end

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from siglip_lib.base.checks import FLOATS, check_tensor, number
 from siglip_lib.base.operators import operators_of, register_operator
-from siglip_lib.kernels import check_device
+from siglip_lib.kernels.device import check_device
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = "use x + gamma * branch * keep / keep_prob"

@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensor
 
 from siglip_lib.base.checks import check_tensor, count
 from siglip_lib.base.interval import check_interval, inner_bounds
-from siglip_lib.kernels import check_device
+from siglip_lib.kernels.device import check_device
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SQRT2 = math.sqrt(2.0)

@@ -1,0 +1,17 @@
+"""Where a kernel can run: on a CUDA GPU, or on a CPU in Triton's interpreter."""
+
+from torch import Tensor
+
+
+def is_interpreted(kernel: object) -> bool:
+    """Whether Triton made a function for its interpreter of ``kernel``, and not one for a GPU."""
+    return type(kernel).__name__ == "InterpretedFunction"
+
+
+def check_device(name: str, x: Tensor, kernel: object, instead: str) -> None:
+    """Raise a ValueError unless ``kernel`` runs where ``x`` is; the message ends with what to do ``instead``."""
+    if not x.is_cuda and not (x.device.type == "cpu" and is_interpreted(kernel)):
+        raise ValueError(
+            f"{name} is on {x.device}; the kernel needs a CUDA GPU, or on a CPU TRITON_INTERPRET=1 set"
+            f" before it is imported; else {instead}"
+        )
