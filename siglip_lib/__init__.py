@@ -12,12 +12,13 @@ from siglip_lib.classroom import (
     kernel_times,
     measure,
     package_version,
-    pick_device,
+    pick_size,
     picture,
     plot_histogram,
     search_box,
     show,
     show_attention,
+    spread_report,
 )
 from siglip_lib.data import load_emoji64, preprocess
 from siglip_lib.evaluate import (
@@ -114,7 +115,7 @@ __all__ = [
     "named_apply",
     "occlusion",
     "package_version",
-    "pick_device",
+    "pick_size",
     "picture",
     "plot_histogram",
     "pointing",
@@ -132,6 +133,7 @@ __all__ = [
     "show_attention",
     "sigmoid_loss",
     "softmax_loss",
+    "spread_report",
     "train_tokenizer",
     "trunc_normal_",
     "zero_shot",

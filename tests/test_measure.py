@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from siglip_lib import device_report, kernel_times, measure, package_version, pick_device
+from siglip_lib import device_report, kernel_times, measure, package_version, spread_report
+from siglip_lib.classroom import Timing
 
 
 def test_times_are_in_order_and_in_milliseconds():
@@ -63,10 +64,13 @@ def test_kernel_times_name_what_takes_the_time(device, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_pick_device(device):
-    picked = pick_device()
-    assert picked.type == device.type
-    assert torch.empty(0, device=picked).device == picked
+def test_the_spread_of_repeats_tells_of_a_neighbour():
+    calm, disturbed = Timing(2.0, 1.9, 2.1, None), Timing(2.0, 1.5, 2.5, None)
+    assert calm.spread == pytest.approx(0.1)
+    assert spread_report([calm, calm, disturbed]) == (
+        "spread of the repeats: 10% of the median, at most 50%"
+    )
+    assert "DISTURBED: something else uses this machine" in spread_report([calm, disturbed])
 
 
 def test_package_version():

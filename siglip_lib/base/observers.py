@@ -6,6 +6,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from siglip_lib.base.offers import compiles_for
+
 
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation transforms what runs now."""
@@ -28,13 +30,14 @@ def is_observed() -> bool:
 
 
 def takes_kernel(*tensors: Tensor) -> bool:
-    """Whether a Triton kernel may be launched on the tensors' memory: on a GPU, and nobody else would have to know."""
+    """Whether a Triton kernel may be launched on the tensors: Triton compiles for their GPU, and nobody observes."""
     # a subclass, such as FakeTensor or DTensor, has not the memory that its shape tells of
     return (
         all(x.is_cuda and type(x) in (Tensor, nn.Parameter) for x in tensors)
         and not torch.compiler.is_compiling()
         and not is_transformed()
         and not has_mode()
+        and compiles_for(tensors[0].device)
     )
 
 

@@ -1,10 +1,13 @@
-"""What Triton and this library's attention kernel offer here: dispatch and kernel ask the same."""
+"""What a GPU, Triton and this library's attention kernel offer here: dispatch, kernels and notebooks ask the same."""
 
 import functools
 import importlib.util
 
+import torch
+
 TRITON_HEAD_DIMS = (64, 72, 80, 96, 128)
 TRITON_MAX_TOKENS = 16_384
+_AMPERE = (8, 0)  # the first with bfloat16 in its tensor cores, and the first that Triton supports
 
 
 def why_not_our_kernel(head_dim: int, tokens: int, scale: float) -> str | None:
@@ -19,7 +22,19 @@ def why_not_our_kernel(head_dim: int, tokens: int, scale: float) -> str | None:
     return None
 
 
+def pick_dtype(device: torch.device | int) -> torch.dtype:
+    """Return what a model computes in on a device: bfloat16, float16 on GPUs older than Ampere, float32 on a CPU."""
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    native = torch.cuda.get_device_capability(device) >= _AMPERE
+    return torch.bfloat16 if native else torch.float16
+
+
+def compiles_for(device: torch.device | int) -> bool:
+    """Whether Triton, which the kernels are written in, is installed and compiles for a CUDA device."""
+    return _has_triton() and torch.cuda.get_device_capability(device) >= _AMPERE
+
+
 @functools.cache
-def has_triton() -> bool:
-    """Whether Triton, which the kernels are written in, is installed."""
+def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -7,7 +7,7 @@ from siglip_lib.classroom.machine import (
     kernel_times,
     measure,
     package_version,
-    pick_device,
+    spread_report,
 )
 from siglip_lib.classroom.oracles import import_timm, import_transformers
 from siglip_lib.classroom.plots import (
@@ -18,10 +18,12 @@ from siglip_lib.classroom.plots import (
     show,
     show_attention,
 )
+from siglip_lib.classroom.sizes import Size, pick_size
 from siglip_lib.classroom.widgets import attention_viewer, search_box
 
 __all__ = [
     "COLOURS",
+    "Size",
     "Timing",
     "attention_viewer",
     "check_exercise",
@@ -32,10 +34,11 @@ __all__ = [
     "kernel_times",
     "measure",
     "package_version",
-    "pick_device",
+    "pick_size",
     "picture",
     "plot_histogram",
     "search_box",
     "show",
     "show_attention",
+    "spread_report",
 ]

@@ -1,22 +1,17 @@
-"""What the notebooks need to know of the machine: a device, a report, time and memory of a call."""
+"""What the notebooks need to know of the machine: a report, time and memory of a call."""
 
 import importlib.metadata
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
 
-
-def pick_device() -> torch.device:
-    """Return the current CUDA device if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+_CALM = 0.2  # the spread of a machine of one's own stays below
 
 
 def device_report(device: torch.device | str) -> str:
@@ -49,6 +44,11 @@ class Timing:
     fastest_ms: float
     slowest_ms: float
     peak_bytes: int | None  # None on a CPU, where torch does not count
+
+    @property
+    def spread(self) -> float:
+        """How far apart the slowest and the fastest call are, as a share of the median."""
+        return (self.slowest_ms - self.fastest_ms) / self.median_ms
 
 
 def measure(
@@ -95,6 +95,14 @@ def measure(
             end.record()
         torch.cuda.synchronize()
     return _timing([start.elapsed_time(end) for start, end in events], peak)
+
+
+def spread_report(timings: Iterable[Timing]) -> str:
+    """Return a line on how far the repeats of the timings lie apart, and whether something else used the machine."""
+    spreads = sorted(timing.spread for timing in timings)
+    middle = statistics.median(spreads)
+    line = f"spread of the repeats: {middle:.0%} of the median, at most {spreads[-1]:.0%}"
+    return f"{line}; DISTURBED: something else uses this machine" if middle > _CALM else line
 
 
 def kernel_times(fn: Callable[[], object], device: torch.device | str) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """Kernels in Triton. Importing this imports none of them: each is imported where it is used.
 
-Without a GPU it turns on Triton's interpreter, which runs a kernel with NumPy, slowly. Triton looks for that once, when
-it is imported: so this has to come first.
+Without a GPU that Triton compiles for it turns on Triton's interpreter, which runs a kernel with NumPy, slowly. Triton
+looks for that once, when it is imported: so this has to come first.
 """
 
 import os
 
 import torch
 
-if not torch.cuda.is_available():
+from siglip_lib.base.offers import compiles_for
+
+if not any(map(compiles_for, range(torch.cuda.device_count()))):
     os.environ.setdefault("TRITON_INTERPRET", "1")

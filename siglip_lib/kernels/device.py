@@ -1,6 +1,9 @@
-"""Where a kernel can run: on a CUDA GPU, or on a CPU in Triton's interpreter."""
+"""Where a kernel can run: on a CUDA GPU that Triton compiles for, or on a CPU in Triton's interpreter."""
 
+import torch
 from torch import Tensor
+
+from siglip_lib.base.offers import compiles_for
 
 
 def is_interpreted(kernel: object) -> bool:
@@ -10,6 +13,11 @@ def is_interpreted(kernel: object) -> bool:
 
 def check_device(name: str, x: Tensor, kernel: object, instead: str) -> None:
     """Raise a ValueError unless ``kernel`` runs where ``x`` is; the message ends with what to do ``instead``."""
+    if x.is_cuda and not compiles_for(x.device):
+        major, minor = torch.cuda.get_device_capability(x.device)
+        raise ValueError(
+            f"{name} is on a GPU of compute capability {major}.{minor}; Triton compiles for 8.0 and newer; {instead}"
+        )
     if not x.is_cuda and not (x.device.type == "cpu" and is_interpreted(kernel)):
         raise ValueError(
             f"{name} is on {x.device}; the kernel needs a CUDA GPU, or on a CPU TRITON_INTERPRET=1 set"

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siglip_lib.base.observers import takes_kernel
-from siglip_lib.base.offers import has_triton
 
 # pairs of a block, 128 MiB in float32, from which the kernel runs, in one pass over memory: what is smaller stays in a
 # GPU's cache from one plain pass to the next
@@ -44,7 +43,7 @@ def sigmoid_loss_block(
     unit = 2.0**-15 if image.dtype == torch.float16 else 1.0
     dtype = None if sums is None else image.dtype  # the products need one dtype
     large = dots.dtype == torch.float32 and dots.numel() >= _LARGE
-    if large and takes_kernel(dots) and has_triton():
+    if large and takes_kernel(dots):
         from siglip_lib.kernels.pair_losses import pair_losses as of_pairs
     else:
         of_pairs = _pair_losses

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from siglip_lib.base.checks import finite, positive_int
 from siglip_lib.base.observers import is_plain, takes_kernel
-from siglip_lib.base.offers import has_triton
 from siglip_lib.tower.attention import Attention
 from siglip_lib.tower.layers import DropPath, LayerScale, Mlp
 
@@ -96,5 +95,4 @@ def _can_fuse(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module)
         and x.numel() >= _LARGE
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and all(torch.result_type(x, other) == x.dtype for other in (branch, *factors))
-        and has_triton()
     )

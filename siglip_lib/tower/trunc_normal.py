@@ -8,7 +8,6 @@ from torch import Generator, Tensor
 from siglip_lib.base.checks import check_tensor
 from siglip_lib.base.interval import check_interval, inner_bounds, on_cpu
 from siglip_lib.base.observers import takes_kernel
-from siglip_lib.base.offers import has_triton
 
 _SQRT2 = math.sqrt(2.0)
 _FAR = 10.0  # sigma; beyond, float32 can hold the tail's mass but not a small share of it
@@ -91,7 +90,7 @@ def trunc_normal_(
 
 def _has_kernel(tensor: Tensor) -> bool:
     """Whether the Triton kernel takes the tensor: it does in one pass what the steps below do in four."""
-    if tensor.dtype == torch.float64 or not takes_kernel(tensor) or not has_triton():
+    if tensor.dtype == torch.float64 or not takes_kernel(tensor):
         return False
     return not torch.cuda.is_current_stream_capturing()  # a graph would repeat one seed's draws
 

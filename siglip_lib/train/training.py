@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from siglip_lib.base.checks import finite_tensors
+from siglip_lib.base.offers import pick_dtype
 from siglip_lib.data.augmentation import augment
 from siglip_lib.data.emoji64 import Emoji64
 from siglip_lib.siglip.losses import sigmoid_loss
@@ -49,8 +50,8 @@ class Training:
         emoji: the pictures and names.
         places: (n,) which of the pictures to train on, such as ``split(emoji).train``.
         config: how to train.
-        device: where. On a GPU matrix products are in bfloat16 (autocast), and a step is recorded as a CUDA graph,
-            which leaves out the time that Python needs to launch its kernels.
+        device: where. On a GPU a step is recorded as a CUDA graph, which leaves out the time that Python needs to
+            launch its kernels, and where it has bfloat16 (Ampere and newer) matrix products are in that (autocast).
         compile: whether to compile the step. On an H200 that took 29 s, and made 151 steps a second out of 105: it
             pays from 10,000 steps on.
 
@@ -330,7 +331,7 @@ class Training:
 
 
 class PairLoss(nn.Module):
-    """Both towers and the loss: pictures (B, 3, H, W) and tokens (B, N) to a number, in bfloat16 on a GPU.
+    """Both towers and the loss: pictures (B, 3, H, W) and tokens (B, N) to a number, in bfloat16 where a GPU has it.
 
     Pairs belong together where their ``ids`` (B,) are equal; without ids only each picture and its own text.
 
@@ -343,8 +344,10 @@ class PairLoss(nn.Module):
 
     def forward(self, pixels: Tensor, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
         kind = pixels.device.type
+        # float16 would need the loss scaled; older GPUs stay in float32
+        native = pick_dtype(pixels.device) == torch.bfloat16
         # a cache of converted weights would not outlive the recording of a graph
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False):
+        with torch.autocast(kind, torch.bfloat16, enabled=native, cache_enabled=False):
             image, text = self.model.encode_image(pixels), self.model.encode_text(tokens)
         return self.loss(image, text, self.model.logit_scale, self.model.logit_bias, ids, ids)
 
