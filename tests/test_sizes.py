@@ -14,6 +14,9 @@ GIB = 2**30
 def no_variables(monkeypatch):
     monkeypatch.delenv("SIGLIP_SIZE", raising=False)
     monkeypatch.delenv("SIGLIP_GPU_GIB", raising=False)
+    compiles_for.cache_clear()
+    yield
+    compiles_for.cache_clear()
 
 
 @pytest.fixture
@@ -27,6 +30,7 @@ def fake_gpu(monkeypatch):
     fractions = []
 
     def fake(free, total=None, capability=(8, 6), held=0.0):
+        compiles_for.cache_clear()
         values = int(free * GIB), int((total or free + held) * GIB)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -30,11 +30,9 @@ def pick_dtype(device: torch.device | int) -> torch.dtype:
     return torch.bfloat16 if native else torch.float16
 
 
+@functools.cache
 def compiles_for(device: torch.device | int) -> bool:
     """Whether Triton, which the kernels are written in, is installed and compiles for a CUDA device."""
-    return _has_triton() and torch.cuda.get_device_capability(device) >= _AMPERE
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _AMPERE

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from siglip_lib.base.offers import compiles_for
+from siglip_lib.base import offers
 
-if not any(map(compiles_for, range(torch.cuda.device_count()))):
+if not any(map(offers.compiles_for, range(torch.cuda.device_count()))):
     os.environ.setdefault("TRITON_INTERPRET", "1")
