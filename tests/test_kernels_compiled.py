@@ -69,14 +69,19 @@ def test_a_gpu_that_triton_does_not_compile_for_is_refused():
 
 
 def test_a_kernel_of_a_notebook():
-    """Its own source is compiled, after that of the kernel it calls; of equal launches each has its report."""
+    """Its own source is compiled, after that of the kernel it calls."""
     namespace = {"__name__": "__main__", "triton": triton, "tl": tl}
     run(NOTEBOOK, namespace)
-    sizes = dict(SIZE=128, num_warps=1)
-    launch = Launch(namespace["double"], (8, 0), (torch.float32,), sizes)
+    right, wrong = (
+        Launch(namespace["double"], (8, 0), (torch.float32,), dict(SIZE=size))
+        for size in (128, 100)
+    )
+    assert 0 < compile_reports({1: right})[1].registers < 32
+    with pytest.raises(RuntimeError, match="power of 2"):
+        compile_reports({1: wrong})
+
+
+def test_equal_launches_have_equal_reports():
+    launch = library_launches((8, 0), [])["pair losses"]
     reports = compile_reports({1: launch, 2: launch})
     assert reports[1] == reports[2]
-    assert 0 < reports[1].registers < 32
-    broken = Launch(namespace["double"], (8, 0), (torch.float32,), dict(SIZE=100))
-    with pytest.raises(RuntimeError, match="power of 2"):
-        compile_reports({1: broken})
