@@ -63,7 +63,7 @@ _TUNED = {
     128: (Blocks(128, 32, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
 }
 # For any other GPU, by fit and not by speed, since nobody has timed them: compiled for 8.0, 8.6, 8.9, 10.0 and 12.0
-# they spill nothing (at 96 with 8 warps, not with 4), and need no more than the 99 KiB of shared memory of 8.6 and 12.0
+# they spill nothing (at 96 with 8 warps, not with 4) and fit the shared memory, of which 8.6, 8.9 and 12.0 have 99 KiB
 _FITTED = {
     dim: (Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 32, 8 if dim == 96 else 4, 3))
     for dim in _TUNED
