@@ -3,7 +3,7 @@
 python tools/tune_kernels.py [HEAD_DIM ...]
 
 Each choice is held against float64 before it is timed, at every size: some that compile and run fast are wrong. Prints
-a line for each, and last what belongs into BLOCKS.
+a line for each, and last what belongs into the table of this GPU.
 """
 
 import math
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from siglip_lib import measure
 from siglip_lib.base.offers import TRITON_HEAD_DIMS as HEAD_DIMS
 from siglip_lib.kernels import flash_attention as module
-from siglip_lib.kernels.flash_attention import BLOCKS, Blocks, flash_attention
+from siglip_lib.kernels.flash_attention import Blocks, blocks_of, flash_attention
 
 SIZES = ((64, 729), (64, 256), (8, 729), (1, 729), (1, 256))  # batch, tokens; 16 heads
 HEADS = 16
@@ -42,6 +42,7 @@ CHOICES = {
         Blocks(64, 32, 4, 2),
         Blocks(64, 32, 4, 3),
         Blocks(64, 32, 4, 3, 168),
+        Blocks(64, 32, 8, 3),
         Blocks(64, 64, 4, 3),
         Blocks(128, 32, 8, 3),
     ),
@@ -67,7 +68,7 @@ def main() -> None:
         kernel, dim, blocks = task
         times = []
         if wrong < 1:
-            BLOCKS[kernel][dim] = blocks
+            choose(*task)
             times = [time_us(kernel, dim, *size) for size in SIZES]
             best[kernel, dim] = min(
                 best.get((kernel, dim), (math.inf, None)), (times[0], blocks), key=lambda x: x[0]
@@ -77,12 +78,15 @@ def main() -> None:
         print(f'"{kernel}" {dim}: {blocks}')
 
 
+def choose(kernel: str, dim: int, blocks: Blocks) -> None:
+    blocks_of(torch.cuda.get_device_capability())[kernel][dim] = blocks
+
+
 def check(task: tuple[str, int, Blocks]) -> float:
     """Error of a choice, see ``worst_error``; infinite where it does not run."""
-    kernel, dim, blocks = task
-    BLOCKS[kernel][dim] = blocks
+    choose(*task)
     try:
-        return worst_error(dim)
+        return worst_error(task[1])
     except Exception as error:  # out of shared memory or registers
         print(task, type(error).__name__, str(error)[:90])
         return math.inf

@@ -13,6 +13,7 @@ Source: Dao et al., FlashAttention (2022), section 3.1; Dao, FlashAttention-2 (2
 Gimelshein, Online normalizer calculation for softmax (2018), section 3.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -52,8 +53,8 @@ class Blocks:
     registers: int | None = None
 
 
-# Of the kernels forward, queries and keys by head_dim, as tools/tune_kernels.py found them on an H200 among those that
-# are right.
+# Of the kernels forward, queries and keys by head_dim: for Hopper, as tools/tune_kernels.py found them on an H200 among
+# those that are right
 _TUNED = {
     64: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
     72: (Blocks(128, 64, 4, 3), Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 3, 168)),
@@ -61,8 +62,24 @@ _TUNED = {
     96: (Blocks(128, 64, 8, 3, 128), Blocks(128, 32, 8, 3), Blocks(64, 64, 4, 3)),
     128: (Blocks(128, 32, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
 }
-_KERNELS = ("forward", "queries", "keys")
-BLOCKS = {name: {dim: found[i] for dim, found in _TUNED.items()} for i, name in enumerate(_KERNELS)}
+# For any other GPU, by fit and not by speed, since nobody has timed them: compiled for 8.0, 8.6, 8.9, 10.0 and 12.0
+# they spill nothing (at 96 with 8 warps, not with 4) and fit the shared memory, of which 8.6, 8.9 and 12.0 have 99 KiB
+_FITTED = {
+    dim: (Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 32, 8 if dim == 96 else 4, 3))
+    for dim in _TUNED
+}
+_HOPPER, _OTHER = (
+    {
+        name: {dim: row[i] for dim, row in table.items()}
+        for i, name in enumerate(("forward", "queries", "keys"))
+    }
+    for table in (_TUNED, _FITTED)
+)
+
+
+def blocks_of(capability: tuple[int, int]) -> dict[str, dict[int, Blocks]]:
+    """Return the blocks of each kernel, by name and head_dim, on a GPU of a compute capability."""
+    return _HOPPER if capability == (9, 0) else _OTHER
 
 
 def flash_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
@@ -445,16 +462,32 @@ def _padded(tokens: int) -> int:
     return -(-tokens // _ROWS) * _ROWS
 
 
-def _launch(name: str, qkv: Tensor, *arguments) -> None:
-    kernel = {"forward": _forward_kernel, "keys": _keys_kernel, "queries": _queries_kernel}[name]
-    batch, tokens, _, heads, dim = qkv.shape
-    blocks, (main, rest) = BLOCKS[name][dim], _cut(dim)
-    constants = dict(HEADS=heads, DIM=dim, MAIN=main, REST=rest, OWN=blocks.own, READ=blocks.read)
+KERNELS = {"forward": _forward_kernel, "queries": _queries_kernel, "keys": _keys_kernel}
+
+
+def constants_of(
+    name: str, dim: int, heads: int, tokens: int, capability: tuple[int, int]
+) -> dict[str, int | bool | None]:
+    """Return what a kernel is compiled with, beside its arguments, on a GPU of a compute capability."""
+    blocks, (main, rest) = blocks_of(capability)[name][dim], _cut(dim)
+    masked = tokens % blocks.read != 0
     options = dict(num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers)
-    masked, programs = tokens % blocks.read != 0, triton.cdiv(tokens, blocks.own) * batch * heads
-    arguments += (tokens, _padded(tokens))
+    sizes = dict(HEADS=heads, DIM=dim, MAIN=main, REST=rest, OWN=blocks.own, READ=blocks.read)
+    return sizes | dict(MASKED=masked) | options
+
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    """Compute capability of a GPU; Hopper's in the interpreter, where tensors are on no GPU, -1."""
+    return torch.cuda.get_device_capability(device) if device >= 0 else (9, 0)
+
+
+def _launch(name: str, qkv: Tensor, *arguments) -> None:
+    batch, tokens, _, heads, dim = qkv.shape
+    constants = constants_of(name, dim, heads, tokens, _capability(qkv.get_device()))
+    programs = triton.cdiv(tokens, constants["OWN"]) * batch * heads
     with torch.cuda.device_of(qkv):  # Triton launches on the current GPU, not on the tensor's
-        kernel[(programs,)](*arguments, **constants, MASKED=masked, **options)
+        KERNELS[name][(programs,)](*arguments, tokens, _padded(tokens), **constants)
 
 
 def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,160 @@
+"""What the assembler says of a kernel, for any GPU that Triton compiles for. It needs no GPU.
+
+Kernels are compiled in a process of their own: in one where Triton interprets, nothing can be compiled.
+"""
+
+import functools
+import inspect
+import io
+import linecache
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Hashable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import KernelInterface, driver
+
+from siglip_lib.base.offers import TRITON_HEAD_DIMS
+from siglip_lib.kernels import flash_attention, pair_losses, residual, sampler
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch, ``kernel[grid](*arguments, **constants)``: what a kernel is compiled for.
+
+    Args:
+        kernel: by ``triton.jit``, of a module; or of a notebook, and then it uses only kernels, ``triton`` and ``tl``.
+        capability: compute capability of the GPU, at least (8, 0).
+        arguments: numbers, None, and a dtype for each tensor.
+        constants: of the kernel, and Triton's options (``num_warps``).
+    """
+
+    kernel: KernelInterface
+    capability: tuple[int, int]
+    arguments: tuple
+    constants: dict
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What a compiled kernel takes.
+
+    Args:
+        registers: of a thread.
+        spilled: bytes that a thread writes to memory because it has no register for them.
+        shared: bytes of shared memory of a thread block.
+        serialised: whether Hopper's products (wgmma) run one by one; false for other GPUs, which have none.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    serialised: bool
+
+
+def compile_reports(launches: dict[Hashable, Launch]) -> dict[Hashable, CompileReport]:
+    """Compile each launch, which takes about half a second, and return under its key what the assembler said.
+
+    Raises:
+        ValueError: a compute capability below 8.0.
+        RuntimeError: a kernel does not compile; with the compiler's message.
+    """
+    jobs = []
+    for launch in launches.values():
+        major, minor = launch.capability
+        if major < 8:
+            raise ValueError(
+                f"compute capability {major}.{minor}: Triton compiles for 8.0 and higher"
+            )
+        target = GPUTarget("cuda", 10 * major + minor, 32)
+        name = launch.kernel.fn.__name__
+        jobs.append((_source(launch.kernel), name, target, launch.arguments, launch.constants))
+    return dict(zip(launches, _compiled(pickle.dumps(jobs)), strict=True))
+
+
+def library_launches(
+    capability: tuple[int, int], dims: Sequence[int] = TRITON_HEAD_DIMS, tokens: int = 729
+) -> dict[str, Launch]:
+    """Return a launch of each kernel of this library at SO400M's size in bfloat16, of attention's for each head_dim."""
+    half, full, batch, channels = torch.bfloat16, torch.float32, 64, 1152
+    sizes = (batch * tokens, tokens, 0.1)
+    rows, columns = residual._tile(channels)
+    tile = dict(CHANNELS=channels, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
+    pairs = (full, full, half, full, full, full, full, 0, batch, batch, 1, 0.1)
+    block = dict(MATRIX=False, GRADIENTS=True, ROWS=pair_losses._ROWS, COLUMNS=pair_losses._COLUMNS)
+    draws = (half, channels * channels, 1, 0, *[0.1] * 8)
+    found = {
+        "residual forward": (residual._forward_kernel, (*[half] * 5, *sizes), tile),
+        "residual backward": (residual._backward_kernel, (*[half] * 5, full, *sizes, 25), tile),
+        "sampler": (sampler._kernel, draws, dict(COUNTERS=sampler._COUNTERS)),
+        "pair losses": (pair_losses._kernel, pairs, block),
+    }
+    attention = {
+        "forward": (half, half, full, 0.1),
+        "queries": (half, half, half, full, full, half, 0.1, 0.1),
+        "keys": (half, half, full, full, half, 0.1, 0.1),
+    }
+    for dim in dims:
+        for name, given in attention.items():
+            constants = flash_attention.constants_of(name, dim, 16, tokens, capability)
+            given = (*given, tokens, flash_attention._padded(tokens))
+            found[f"{name} {dim}"] = flash_attention.KERNELS[name], given, constants
+    return {name: Launch(kernel, capability, *rest) for name, (kernel, *rest) in found.items()}
+
+
+def _source(kernel: KernelInterface) -> str:
+    """Python that defines a kernel: an import; in a notebook its own source, after that of the kernels it calls."""
+    fn = kernel.fn
+    if fn.__module__ != "__main__":
+        return f"from {fn.__module__} import {fn.__name__}"
+    used = (fn.__globals__.get(name) for name in fn.__code__.co_names)
+    sources = (_source(other) for other in used if isinstance(other, KernelInterface))
+    return "\n".join(("import triton, triton.language as tl", *sources, inspect.getsource(fn)))
+
+
+@functools.cache
+def _compiled(jobs: bytes) -> list[CompileReport]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import _answer; _answer()"],
+        input=jobs,
+        capture_output=True,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.decode())
+    return pickle.loads(done.stdout)
+
+
+def _answer() -> None:
+    """In the process that compiles: read jobs, write reports."""
+    knobs.nvidia.dump_ptxas_log = True
+    knobs.compilation.always_compile = True  # what lies in Triton's cache comes without a log
+    reports = [_report(*job) for job in pickle.load(sys.stdin.buffer)]
+    sys.stdout.buffer.write(pickle.dumps(reports))
+
+
+def _report(
+    source: str, name: str, target: GPUTarget, arguments: tuple, constants: dict
+) -> CompileReport:
+    file = f"<{name}, {len(linecache.cache)}>"  # where Triton looks the source up
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    namespace = {"__name__": name}
+    exec(compile(source, file, "exec"), namespace)
+    gpu = dict(get_current_target=lambda: target, get_current_device=lambda: target.arch)
+    driver.set_active(SimpleNamespace(**gpu, get_current_stream=lambda device: 0))
+    namespace[name].device_caches.clear()  # an equal launch before would leave nothing to compile
+    log = io.StringIO()
+    with redirect_stdout(log):
+        compiled = namespace[name].warmup(*arguments, grid=(1,), **constants)
+    log = log.getvalue()
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
+    return CompileReport(registers, spilled, compiled.metadata.shared, "serialized" in log)

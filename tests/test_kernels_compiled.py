@@ -1,0 +1,87 @@
+"""What costs most is seen in no result: every kernel is compiled for every kind of GPU, on any machine."""
+
+import pytest
+import torch
+from notebook_files import run
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from siglip_lib.kernels.report import Launch, compile_reports, library_launches
+
+# bytes of shared memory that a thread block may have, by compute capability
+# source: CUDA C++ Programming Guide, table of technical specifications
+SHARED = {
+    (8, 0): 163 << 10,
+    (8, 6): 99 << 10,
+    (8, 9): 99 << 10,
+    (9, 0): 227 << 10,
+    (10, 0): 227 << 10,
+    (12, 0): 99 << 10,
+}
+# with triton 3.6, none with 3.7; the fastest of tools/tune_kernels.py's choices on an H200 all the same
+SPILLS = {((9, 0), "forward 96"): 8}
+
+NOTEBOOK = """
+@triton.jit
+def twice(x):
+    return x + x
+
+
+@triton.jit
+def double(x_ptr, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    tl.store(x_ptr + place, twice(tl.load(x_ptr + place)))
+"""
+
+
+def compiled(*dims):
+    launches = {
+        (capability, name): launch
+        for capability in SHARED
+        for name, launch in library_launches(capability, dims).items()
+    }
+    return compile_reports(launches)
+
+
+def assert_fit(reports):
+    for key, found in reports.items():
+        assert found.shared <= SHARED[key[0]], key
+        assert found.spilled <= SPILLS.get(key, 0), key
+        assert not found.serialised, key
+
+
+def test_every_kernel_fits_every_gpu():
+    reports = compiled(72, 128)
+    assert len(reports) == len(SHARED) * (4 + 2 * 3)
+    assert_fit(reports)
+
+
+@pytest.mark.slow
+def test_every_head_dim_fits_every_gpu():
+    assert_fit(compiled(64, 80, 96))
+
+
+def test_a_gpu_that_triton_does_not_compile_for_is_refused():
+    with pytest.raises(ValueError, match=r"compute capability 7\.5: .* 8\.0 and higher"):
+        compile_reports(library_launches((7, 5), [64]))
+
+
+def test_a_kernel_of_a_notebook():
+    """Its own source is compiled, after that of the kernel it calls."""
+    namespace = {"__name__": "__main__", "triton": triton, "tl": tl}
+    run(NOTEBOOK, namespace)
+    right, wrong = (
+        Launch(namespace["double"], (8, 0), (torch.float32,), dict(SIZE=size))
+        for size in (128, 100)
+    )
+    assert 0 < compile_reports({1: right})[1].registers < 32
+    with pytest.raises(RuntimeError, match="power of 2"):
+        compile_reports({1: wrong})
+
+
+def test_equal_launches_have_equal_reports():
+    launch = library_launches((8, 0), [])["pair losses"]
+    reports = compile_reports({1: launch, 2: launch})
+    assert reports[1] == reports[2]
