@@ -142,6 +142,7 @@ def _timing(times: list[float], peak_bytes: int | None) -> Timing:
 
 def _captured(fn: Callable[[], object], warmup: int) -> Callable[[], None]:
     """Record ``fn`` as a CUDA graph and return its replay."""
+    torch.cuda.empty_cache()  # what one stream has cached another can't use
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
