@@ -25,10 +25,10 @@ notebooks: $(VENV)/ready  ## every cell twice in a row, as readers run them, and
 slow: $(VENV)/ready  ## SO400M at full size against timm and transformers: a minute or two, 9 GB of memory, 8 GB of disk
 	$(BIN)/pytest -m slow --durations=0 tests
 
-outputs: $(VENV)/ready  ## on a GPU: run every notebook and store what it shows
+outputs: $(VENV)/ready  ## on an H100 or H200: run every notebook and store what it shows
 	$(BIN)/python tools/store_outputs.py notebooks/*.ipynb
 
-measured: $(VENV)/ready  ## on a CPU: run every notebook and store only its time and memory
+measured: $(VENV)/ready  ## on a CPU, or with SIGLIP_SIZE=lab: run every notebook and store only its time and memory
 	$(BIN)/python tools/store_outputs.py --only-figures notebooks/*.ipynb
 
 speed: $(VENV)/ready  ## on a GPU: time SO400M beside timm and transformers, a quarter of an hour

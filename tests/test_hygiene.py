@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 import yaml
 from notebook_files import PATHS, ROOT, code_cells, read
-from store_outputs import gpu_of
+from store_outputs import GPU, gpu_of, write_head
 
 TAGS = {"nbval-ignore-output"}
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
@@ -61,8 +61,12 @@ def test_stored_outputs_hold_no_errors_and_nothing_private(path, notebook):
 
 @notebooks
 def test_stored_outputs_come_from_the_gpu_they_name(path, notebook):
-    assert re.search(rf"\*\*Measured:\*\*.* {gpu_of(notebook)}", notebook.cells[0].source)
-    assert set(notebook.metadata["measured"]) == {"cpu", "gpu"}
+    named = {gpu for output in outputs(notebook) for gpu in GPU.findall(output.get("text", ""))}
+    assert named == {gpu_of(notebook)}  # one kind in all cells
+    assert set(notebook.metadata["measured"]) == {"cpu", "lab", "full"}
+    head = notebook.cells[0].source
+    write_head(notebook)
+    assert notebook.cells[0].source == head  # says what was measured
 
 
 @notebooks
@@ -241,8 +245,9 @@ def test_readme_has_a_row_for_each_notebook_with_its_measured_figures():
     for path in PATHS:
         row = next(line for line in readme.splitlines() if f"(notebooks/{path.name})" in line)
         measured = read(path).metadata["measured"]
-        for kind in ("cpu", "gpu"):
-            assert f"{measured[kind]['seconds']} s, {measured[kind]['gib']} GiB" in row
+        for column, size in enumerate(("cpu", "lab", "full"), start=4):
+            figures = f"{measured[size]['seconds']} s, {measured[size]['gib']} GiB"
+            assert row.split("|")[column].strip() == figures
         assert f"/blob/main/notebooks/{path.name}" in row
 
 

@@ -1,7 +1,8 @@
 """Run notebooks and store what they show: how the outputs in git are made.
 
-On a GPU machine the outputs, and the time and memory in each head, are replaced. With --only-figures the notebook keeps
-its outputs and only the figures of this machine's kind are replaced: that is how the CPU's get into the head.
+At size "full" the outputs, and the time and memory in each head, are replaced. With --only-figures the notebook keeps
+its outputs and only the figures of the size that runs here are replaced: on a CPU its own, and those of "lab" on the
+kind of GPU that the outputs come from, with SIGLIP_SIZE=lab and SIGLIP_GPU_GIB=6.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import torch
 from nbclient import NotebookClient
 from tqdm import tqdm
 
+from siglip_lib import pick_size
+
 README = Path(__file__).parent.parent / "README.md"
 PICTURE = README.parent / ".github" / "attention.jpg"
 GPU = re.compile(r"NVIDIA (H[12]00)")  # stored outputs come from one of these
@@ -29,24 +32,26 @@ def main() -> None:
     parser.add_argument("--only-figures", action="store_true", help="keep the stored outputs")
     parser.add_argument("notebooks", nargs="+", type=Path)
     arguments = parser.parse_args()
-    kind = "gpu" if torch.cuda.is_available() else "cpu"
-    if kind == "cpu" and not arguments.only_figures:
+    here = pick_size()
+    if here.name != "full" and not arguments.only_figures:
         parser.error(
-            "the stored outputs come from a GPU, and torch sees none; --only-figures keeps them"
+            f"the stored outputs are those of size full; --only-figures keeps them; {here}"
         )
-    if kind == "gpu" and not GPU.match(torch.cuda.get_device_name()):
-        parser.error(
-            f"the stored outputs come from an H100 or H200, this is {torch.cuda.get_device_name()}"
-        )
+    gpu = GPU.match(torch.cuda.get_device_name()) if here.on_gpu else None
+    if here.on_gpu and not gpu:
+        name = torch.cuda.get_device_name()
+        parser.error(f"the stored outputs come from an H100 or H200, this is {name}")
     # 00 shows the figures of the others, so it comes last
     paths = sorted(arguments.notebooks, key=lambda path: path.stem.startswith("00"))
     progress = tqdm(paths, unit="notebook")
     for path in progress:
         progress.set_description(path.stem)
         stored = nbformat.read(path, as_version=4)
+        if gpu and arguments.only_figures and gpu[1] != gpu_of(stored):
+            parser.error(f"the outputs of {path.name} come from an {gpu_of(stored)}")
         executed, figures = execute(path)
         result = stored if arguments.only_figures else executed
-        result.metadata["measured"] = {**stored.metadata.get("measured", {}), kind: figures}
+        result.metadata["measured"] = {**stored.metadata.get("measured", {}), here.name: figures}
         write_head(result)
         temporary = path.with_suffix(".tmp")
         nbformat.write(result, temporary)
@@ -66,36 +71,41 @@ def execute(path: Path) -> tuple[nbformat.NotebookNode, dict[str, float]]:
     )
     asked = nbformat.v4.new_code_cell(ASK)
     start = time.perf_counter()
-    with client.setup_kernel(), LeastFreeGPUMemory() as gpu:
+    with client.setup_kernel(), LeastFreeGPUMemory() as gpus:
         for index, cell in enumerate(notebook.cells):
             client.execute_cell(cell, index, execution_count=None)
         seconds = time.perf_counter() - start
         notebook.cells.append(asked)
         client.execute_cell(asked, len(notebook.cells) - 1)
         notebook.cells.pop()
-    memory = gpu.used or int(asked.outputs[0]["text"]) * 1024
+    memory = max(gpus.used, default=0) or int(asked.outputs[0]["text"]) * 1024
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of the run, which no reader looks at
     notebook.metadata["language_info"] = {"name": "python"}
-    return notebook, {"seconds": round(seconds), "gib": round(memory / 2**30, 1)}
+    figures = {"seconds": round(seconds), "gib": round(memory / 2**30, 1)}
+    worked = sum(used > 0 for used in gpus.used)
+    return notebook, figures | ({"gpus": worked} if worked > 1 else {})
 
 
 class LeastFreeGPUMemory:
-    """While entered, watch the GPU's free memory; ``used`` is how much less it became, in bytes."""
-
-    used = 0
+    """While entered, watch the GPUs' free memory; ``used`` is how much less it became, in bytes, on each GPU."""
 
     def __enter__(self) -> "LeastFreeGPUMemory":
         self.stop = threading.Event()
         self.watcher = threading.Thread(target=self._watch)
-        if torch.cuda.is_available():
-            self.at_start = torch.cuda.mem_get_info()[0]
+        self.at_start = self._free()
+        self.used = [0] * len(self.at_start)
+        if self.used:
             self.watcher.start()
         return self
 
+    def _free(self) -> list[int]:
+        return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())]
+
     def _watch(self) -> None:
         while not self.stop.wait(0.02):
-            self.used = max(self.used, self.at_start - torch.cuda.mem_get_info()[0])
+            taken = (start - free for start, free in zip(self.at_start, self._free(), strict=True))
+            self.used = list(map(max, self.used, taken))
 
     def __exit__(self, *_: object) -> None:
         self.stop.set()
@@ -104,21 +114,24 @@ class LeastFreeGPUMemory:
 
 
 def gpu_of(notebook: nbformat.NotebookNode) -> str:
-    """The GPU that the stored outputs come from, as the setup cell tells: H100 or H200."""
-    setup = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    return GPU.search(setup.outputs[0]["text"])[1]
+    """The GPU that the stored outputs come from, as its report says: H100 or H200."""
+    cells = (cell for cell in notebook.cells if cell.cell_type == "code")
+    texts = (output.get("text", "") for cell in cells for output in cell.outputs)
+    return next(found[1] for text in texts if (found := GPU.search(text)))
 
 
 def write_head(notebook: nbformat.NotebookNode) -> None:
     """Put the measured figures into the notebook's first cell."""
-    measured = notebook.metadata["measured"]
-    parts = []
+    measured, gpu, parts = notebook.metadata["measured"], gpu_of(notebook), []
     if cpu := measured.get("cpu"):
         parts.append(f"{cpu['seconds']} s and {cpu['gib']} GiB on two CPU cores")
-    if gpu := measured.get("gpu"):
-        parts.append(
-            f"{gpu['seconds']} s and {gpu['gib']} GiB of GPU memory on an {gpu_of(notebook)}"
-        )
+    full = measured["full"]  # the stored outputs came with it
+    several = full.get("gpus")
+    used = f"on {several} {gpu}s" if several else f"and {full['gib']} GiB of GPU memory on an {gpu}"
+    parts.append(f"{full['seconds']} s {used}")
+    if lab := measured.get("lab"):
+        place = f"on one {gpu}" if several else "there"
+        parts.append(f"{lab['seconds']} s and {lab['gib']} GiB {place} at size `lab`")
     head = notebook.cells[0]
     if not HEAD.search(head.source):
         raise SystemExit("the first cell has no line that starts with **Measured:**")
@@ -140,11 +153,11 @@ def write_row(name: str, measured: dict[str, dict[str, float]]) -> None:
     lines = README.read_text(encoding="utf-8").splitlines(keepends=True)
     for index, line in enumerate(lines):
         if f"(notebooks/{name})" in line:
-            cells = line.split(" | ")
-            for column, kind in ((-3, "cpu"), (-2, "gpu")):
-                if figures := measured.get(kind):
-                    cells[column] = f"{figures['seconds']} s, {figures['gib']} GiB"
-            lines[index] = " | ".join(cells)
+            cells = line.split("|")
+            for column, size in enumerate(("cpu", "lab", "full"), start=4):
+                if figures := measured.get(size):
+                    cells[column] = f" {figures['seconds']} s, {figures['gib']} GiB "
+            lines[index] = "|".join(cells)
     README.write_text("".join(lines), encoding="utf-8")
 
 
