@@ -46,6 +46,6 @@ ablations: $(VENV)/ready  ## on a GPU: the table of what helps, in notebook 10; 
 clean:
 	rm -rf $(VENV)
 
-$(VENV)/ready: pyproject.toml constraints.txt .ci/setup
+$(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-gpu.txt .ci/setup
 	@.ci/setup $(VENV)
 	@touch $@

@@ -1,11 +1,14 @@
-"""environment.yml, pyproject.toml and constraints.txt describe one and the same set of packages."""
+"""environment.yml, pyproject.toml and the constraints of CPU and GPU machines describe one set of packages."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
 import yaml
-from notebook_files import ROOT
+from notebook_files import PATHS, ROOT, code_cells, read
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -28,11 +31,20 @@ CONDA_BRINGS = {"nvidia-cuda-runtime-cu12", "triton"}
 REQUIREMENTS = [
     Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.values()) for line in lines
 ]
-PINS = dict(
-    line.split("==")
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    if line and not line.startswith("#")
-)
+
+
+def pins(kind: str) -> dict[str, str]:
+    """The versions of constraints-cpu.txt or constraints-gpu.txt, by package."""
+    lines = (ROOT / f"constraints-{kind}.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+INSTALLED = [  # by .ci/setup, on each kind of machine
+    (kind, Requirement(line))
+    for kind, extras in (("cpu", ("lab", "test")), ("gpu", ("lab", "test", "gpu")))
+    for lines in (PROJECT["dependencies"], *(EXTRAS[extra] for extra in extras))
+    for line in lines
+]
 
 
 @pytest.mark.parametrize(
@@ -65,12 +77,42 @@ def test_environment_python_is_one_the_package_allows():
     assert SpecifierSet(PROJECT["requires-python"]).contains(version)
 
 
-@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
-def test_constraints_pin_every_requirement(requirement):
-    assert requirement.name in PINS, f"constraints.txt has no pin of {requirement.name}"
-    assert requirement.specifier.contains(PINS[requirement.name])
+@pytest.mark.parametrize(("kind", "requirement"), INSTALLED, ids=str)
+def test_constraints_pin_every_requirement(kind, requirement):
+    assert requirement.name in pins(kind), f"constraints-{kind}.txt has no pin of {requirement}"
+    assert requirement.specifier.contains(pins(kind)[requirement.name])
 
 
-def test_the_tested_set():
-    assert PINS["torch"] == "2.13.0"
-    assert PINS["nbval"] == "0.11.0"
+def test_both_kinds_of_machine_have_one_nbval():
+    assert pins("cpu")["nbval"] == pins("gpu")["nbval"] == "0.11.0"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_gpu_machine_installs_what_the_stored_outputs_come_from(path):
+    shown = "".join(output.get("text", "") for output in code_cells(read(path))[0].outputs)
+    ran = dict(re.findall(r"(torch|triton|xformers) (\d[\d.]*)", shown))
+    assert ran == {name: pins("gpu")[name] for name in ("torch", "triton", "xformers")}
+
+
+@pytest.mark.parametrize(("answers", "kind"), [(True, "gpu"), (False, "cpu")])
+def test_the_set_up_takes_and_names_the_constraints_of_the_machine(tmp_path, answers, kind):
+    """The set-up, with an nvidia-smi of ours and a venv whose programs only say how they were called."""
+    programs, venv = tmp_path / "programs", tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    programs.mkdir()
+    says = {venv / "bin/pip": 'echo "pip $*"', venv / "bin/jupyter": ":", venv / "bin/python": ":"}
+    for path, line in {**says, programs / "nvidia-smi": "true" if answers else "false"}.items():
+        path.write_text(f"#!/bin/sh\n{line}\n", encoding="ascii")
+        path.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / ".ci/setup", venv],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "PATH": f"{programs}:{os.environ['PATH']}"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    told, called = done.stdout.splitlines()
+    assert f" by constraints-{kind}.txt " in told
+    extras = "lab,test,gpu" if kind == "gpu" else "lab,test"
+    assert called.endswith(f"-c constraints-{kind}.txt -e .[{extras}]")
