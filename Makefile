@@ -6,7 +6,7 @@ PORT  ?= 8888
 SHARE := -n auto --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.cfg --nbval-cell-timeout=300
 
-.PHONY: lab test lint unit notebooks slow outputs measured speed speed-many weights ablations clean
+.PHONY: lab test lint unit notebooks slow outputs measured speed speed-many weights ablations links clean
 
 lab: $(VENV)/ready
 	@exec .ci/lab $(BIN) $(PORT)
@@ -42,6 +42,9 @@ weights: $(VENV)/ready  ## on a GPU: train the SigLIP that ships, three seeds, 4
 
 ablations: $(VENV)/ready  ## on a GPU: the table of what helps, in notebook 10; 5 minutes
 	$(BIN)/python tools/train_emoji64.py ablations
+
+links: $(VENV)/ready  ## where origin is on GitHub: Colab badges, and the install line of each notebook's first cell
+	$(BIN)/python tools/write_links.py
 
 clean:
 	rm -rf $(VENV)

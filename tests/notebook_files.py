@@ -1,25 +1,42 @@
-"""The notebooks as data, for the tests that read them."""
+"""The notebooks as data, and the files that git knows, for the tests that read them."""
 
 import ast
 import itertools
 import linecache
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 _FILES = itertools.count()
 
 
+def known_to_git(folder: str = ".") -> set[str]:
+    """The files of a folder that git knows, and that are there."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", folder], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
+    if listed.returncode:
+        pytest.skip(f"needs a git checkout: {listed.stderr.strip()}")
+    return {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
+
+
 def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+def all_code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """All from the setup cell on: without the first, which looks for the library and can hold a line of IPython's."""
+    return all_code_cells(notebook)[1:]
 
 
 def run(code: str, namespace: dict) -> None:

@@ -699,7 +699,9 @@ def test_tensors_that_are_not_numbers_in_memory_are_refused_before_any_is_copied
 ):
     state = tower().state_dict()
     torch.save(state | {name: ODD[odd](state[name])}, tmp_path / "a.bin")
-    assert name in refused(tower(), tmp_path / "a.bin")
+    told = refused(tower(), tmp_path / "a.bin")
+    # torch 2.15 itself refuses to unpickle a nested one, without its name
+    assert name in told or (odd == "nested" and "holds more than tensors" in told)
 
 
 def test_positions_that_would_fill_the_memory_are_refused(tmp_path):

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from notebook_files import ROOT
+from notebook_files import ROOT, known_to_git
 
 BUILD = """
 import sys
@@ -49,16 +49,6 @@ print(json.dumps({
     "typed": (files("siglip_lib") / "py.typed").is_file(),
 }))
 """
-
-
-def known_to_git(folder: str = ".") -> set[str]:
-    """The files of a folder that git knows, and that are there."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", folder], cwd=ROOT, capture_output=True, encoding="utf-8"
-    )
-    if listed.returncode:
-        pytest.skip(f"needs a git checkout: {listed.stderr.strip()}")
-    return {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
 
 
 def clean_environment() -> dict[str, str]:
