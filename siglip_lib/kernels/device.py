@@ -13,7 +13,8 @@ def is_interpreted(kernel: object) -> bool:
 
 def check_device(name: str, x: Tensor, kernel: object, instead: str) -> None:
     """Raise a ValueError unless ``kernel`` runs where ``x`` is; the message ends with what to do ``instead``."""
-    if x.is_cuda and not compiles_for(x.device):
+    # what torch compiles has been asked before, and it can't trace this
+    if x.is_cuda and not torch.compiler.is_compiling() and not compiles_for(x.device):
         major, minor = torch.cuda.get_device_capability(x.device)
         raise ValueError(
             f"{name} is on a GPU of compute capability {major}.{minor}; Triton compiles for 8.0 and newer; {instead}"
