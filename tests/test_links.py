@@ -176,7 +176,7 @@ def test_links_lead_to_origin_and_change_nothing_else(checkout):
         line for line in readme.splitlines() if re.match(r"\| (notebook |\[\d\d )|\|---", line)
     ]
     table = table[: 2 + len(PATHS)]
-    assert {line.count("|") for line in table} == {7}
+    assert {line.count("|") for line in table} == {8}
     for name, data in files(checkout).items():
         assert not foreign_places(data.decode(), LAB), name
         assert (LAB.encode() in data) == (name != "open-in-colab.svg")
