@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from siglip_lib.base.observers import has_mode, is_transformed
-from siglip_lib.base.offers import TRITON_MAX_TOKENS, why_not_our_kernel
+from siglip_lib.base.offers import AMPERE, TRITON_MAX_TOKENS, why_not_our_kernel
 
 
 class AttentionCase(NamedTuple):
@@ -115,7 +115,7 @@ def _needs_half_on_ampere(case: AttentionCase) -> str | None:
         return reason
     if case.dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16, not {str(case.dtype).removeprefix('torch.')}"
-    if torch.cuda.get_device_capability(case.device) < (8, 0):
+    if torch.cuda.get_device_capability(case.device) < AMPERE:
         return "needs a GPU of compute capability 8.0 (Ampere) or newer"
     return None
 

@@ -7,7 +7,7 @@ import torch
 
 TRITON_HEAD_DIMS = (64, 72, 80, 96, 128)
 TRITON_MAX_TOKENS = 16_384
-_AMPERE = (8, 0)  # the first with bfloat16 in its tensor cores, and the first that Triton supports
+AMPERE = (8, 0)  # the first with bfloat16 in its tensor cores, and the first that Triton supports
 
 
 def why_not_our_kernel(head_dim: int, tokens: int, scale: float) -> str | None:
@@ -26,7 +26,7 @@ def pick_dtype(device: torch.device | int) -> torch.dtype:
     """Return what a model computes in on a device: bfloat16, float16 on GPUs older than Ampere, float32 on a CPU."""
     if torch.device(device).type != "cuda":
         return torch.float32
-    native = torch.cuda.get_device_capability(device) >= _AMPERE
+    native = torch.cuda.get_device_capability(device) >= AMPERE
     return torch.bfloat16 if native else torch.float16
 
 
@@ -35,4 +35,4 @@ def compiles_for(device: torch.device | int) -> bool:
     """Whether Triton, which the kernels are written in, is installed and compiles for a CUDA device."""
     if importlib.util.find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= _AMPERE
+    return torch.cuda.get_device_capability(device) >= AMPERE

@@ -22,7 +22,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import KernelInterface, driver
 
-from siglip_lib.base.offers import TRITON_HEAD_DIMS
+from siglip_lib.base.offers import AMPERE, TRITON_HEAD_DIMS
 from siglip_lib.kernels import flash_attention, pair_losses, residual, sampler
 
 
@@ -70,7 +70,7 @@ def compile_reports(launches: dict[Hashable, Launch]) -> dict[Hashable, CompileR
     jobs = []
     for launch in launches.values():
         major, minor = launch.capability
-        if major < 8:
+        if launch.capability < AMPERE:
             raise ValueError(
                 f"compute capability {major}.{minor}: Triton compiles for 8.0 and higher"
             )
