@@ -3,6 +3,7 @@
 from siglip_lib.backends import attend, attention_backends, choose_backend
 from siglip_lib.classroom import (
     COLOURS,
+    agree,
     attention_viewer,
     check_exercise,
     device_report,
@@ -88,6 +89,7 @@ __all__ = [
     "TrainConfig",
     "Training",
     "VisionTransformer",
+    "agree",
     "attend",
     "attention_backends",
     "attention_maps",

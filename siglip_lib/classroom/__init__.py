@@ -1,5 +1,6 @@
 """What the notebooks use beside the model: pictures, timings, widgets, oracles, and checks of exercises."""
 
+from siglip_lib.classroom.compare import agree
 from siglip_lib.classroom.exercises import check_exercise
 from siglip_lib.classroom.machine import (
     Timing,
@@ -25,6 +26,7 @@ __all__ = [
     "COLOURS",
     "Size",
     "Timing",
+    "agree",
     "attention_viewer",
     "check_exercise",
     "device_report",

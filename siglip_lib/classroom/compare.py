@@ -1,0 +1,55 @@
+"""What the notebooks say when two results should be the same: a bound in the output, an error where it is broken."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from siglip_lib.base.checks import finite
+
+Result = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+
+
+def agree(found: Result, wanted: Result, within: float = 1e-5) -> str:
+    """Return how near two results are, as text: the bound that they keep, not a rounding error that no two machines share.
+
+    Args:
+        found: a tensor, or several in a mapping or a sequence.
+        wanted: the same kind, with the same names or length, shapes and dtypes.
+        within: the largest difference allowed in each tensor, as a share of the largest absolute element of the wanted
+            one; 0 asks for the same bits.
+
+    Raises:
+        AssertionError: they differ by more, or in names, number, shape or dtype; it names the tensor and the difference.
+        ValueError: ``within`` is negative, or there is no element to compare.
+    """
+    if finite("within", within) < 0:
+        raise ValueError(f"within={within} must not be negative")
+    found, wanted = _named(found), _named(wanted)
+    if found.keys() != wanted.keys():
+        raise AssertionError(f"found {list(found)}, wanted {list(wanted)}")
+    if not any(tensor.numel() for tensor in wanted.values()):
+        raise ValueError("there is no element to compare")
+    for name, tensor in wanted.items():
+        _check(name, found[name].detach(), tensor.detach(), within)
+    return f"equal to within {within:.0e} of the largest element" if within else "the same bits"
+
+
+def _named(result: Result) -> dict[str, Tensor]:
+    if isinstance(result, Tensor):
+        return {"the tensor": result}
+    if isinstance(result, Mapping):
+        return dict(result)
+    return {f"tensor {place}": tensor for place, tensor in enumerate(result)}
+
+
+def _check(name: str, found: Tensor, wanted: Tensor, within: float) -> None:
+    kinds = [(tuple(tensor.shape), tensor.dtype) for tensor in (found, wanted)]
+    if kinds[0] != kinds[1]:
+        raise AssertionError(f"{name}: found {kinds[0]}, wanted {kinds[1]}")
+    if torch.equal(found, wanted):
+        return
+    found, wanted = found.double(), wanted.double()
+    off = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    if not off <= within:  # nan is no agreement
+        raise AssertionError(f"{name}: the largest difference is {off:.1e} of the largest element")
