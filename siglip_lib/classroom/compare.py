@@ -11,7 +11,7 @@ Result = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
 
 def agree(found: Result, wanted: Result, within: float = 1e-5) -> str:
-    """Return how near two results are, as text: the bound that they keep, not a rounding error that no two machines share.
+    """Return as text how near two results are: the bound that they keep, not the rounding error of one machine.
 
     Args:
         found: a tensor, or several in a mapping or a sequence.
@@ -20,7 +20,7 @@ def agree(found: Result, wanted: Result, within: float = 1e-5) -> str:
             one; 0 asks for the same bits.
 
     Raises:
-        AssertionError: they differ by more, or in names, number, shape or dtype; it names the tensor and the difference.
+        AssertionError: they differ by more, or in names, number, shape or dtype; it says which and by how much.
         ValueError: ``within`` is negative, or there is no element to compare.
     """
     if finite("within", within) < 0:
