@@ -147,3 +147,12 @@ def test_an_old_text_that_is_not_there_once_is_an_error(tree):
     with pytest.raises(ValueError, match=r"twice: the old text is 3 times in small\.py"):
         apply(small("twice", "return", "yield"), tree)
     assert (tree / "siglip_lib" / "small.py").read_text(encoding="utf-8") == CODE
+
+
+@pytest.mark.parametrize("which", ["running", "likely"])
+def test_a_notebook_that_fails_anyway_catches_nothing(tree, which):
+    path = tree / "notebooks" / "01_small.ipynb"
+    path.write_text(path.read_text(encoding="utf-8").replace("1.570", "1.571"), encoding="utf-8")
+    mistake = Mistake("wrong", "small.py", "x / 2", "x / 3", "harm", likely=("01",))
+    with pytest.raises(RuntimeError, match="01_small fails without a mistake, in Cell 1"):
+        measure([mistake], tree, Found(tree, None), which=which)

@@ -202,13 +202,20 @@ class Found:
             notebook.stem: hashlib.sha256(library.digest() + notebook.read_bytes()).hexdigest()[:16]
             for notebook in sorted((root / "notebooks").glob("*.ipynb"))
         }
-        self.all = {"seen": {}, "mistakes": {}}
+        self.all = {"clean": {}, "seen": {}, "mistakes": {}}
         if path and path.exists():
-            self.all = json.loads(path.read_text(encoding="utf-8"))
+            self.all |= json.loads(path.read_text(encoding="utf-8"))
 
     def knows(self, notebook: str) -> bool:
         """Whether it is known which lines a notebook runs, as it is now."""
         return self.all["seen"].get(notebook, {}).get("digest") == self.digests[notebook]
+
+    def is_clean(self, notebook: str) -> bool:
+        """Whether a notebook, as it is now, has passed without a mistake."""
+        return self.knows(notebook) or self.all["clean"].get(notebook) == self.digests[notebook]
+
+    def note_clean(self, notebook: str) -> None:
+        self._keep("clean", notebook, self.digests[notebook])
 
     def seen(self, notebook: str, file: str) -> set[int]:
         """The lines of a file that a notebook runs."""
@@ -234,7 +241,7 @@ class Found:
         kept = {"file": mistake.file, "old": mistake.old, "new": mistake.new, "harm": mistake.harm}
         self._keep("mistakes", mistake.name, kept | {"runs": runs})
 
-    def _keep(self, kind: str, name: str, entry: dict) -> None:
+    def _keep(self, kind: str, name: str, entry: dict | str) -> None:
         with self._lock:
             self.all[kind][name] = entry
             if self._path:
@@ -253,13 +260,18 @@ def lines_run(tree: Path, notebook: str) -> dict[str, set[int]]:
         outcome = run_notebook(tree, notebook, MUTATE_LIBRARY=library, MUTATE_SEEN=str(noted))
     finally:
         (tree / "sitecustomize.py").unlink()
-    if outcome.cell:
-        raise RuntimeError(f"{notebook} fails without a mistake, in {outcome.cell}; mend it first")
+    check_clean(notebook, outcome)
     found: dict[str, set[int]] = {}
     for place in noted.read_text().splitlines():
         file, _, number = place.rpartition(":")
         found.setdefault(file, set()).add(int(number))
     return found
+
+
+def check_clean(notebook: str, outcome: Outcome) -> None:
+    """Raise an error if a notebook failed in which no mistake was made."""
+    if outcome.cell:
+        raise RuntimeError(f"{notebook} fails without a mistake, in {outcome.cell}; mend it first")
 
 
 def in_order(mistake: Mistake, root: Path, found: Found, which: str) -> list[str]:
@@ -331,13 +343,22 @@ def measure(
                 raise
 
         def look(tree: Path, notebook: str) -> None:
-            found.note_seen(notebook, lines_run(tree, notebook))
+            if which == "running":
+                found.note_seen(notebook, lines_run(tree, notebook))
+            else:
+                check_clean(notebook, run_notebook(tree, notebook))
+                found.note_clean(notebook)
 
         def attempt(tree: Path, mistake: Mistake) -> None:
             try_mistake(mistake, in_order(mistake, root, found, which), tree, found)
 
-        unknown = [n for n in found.digests if which == "running" and not found.knows(n)]
-        all_of(look, unknown, "lines that notebooks run")
+        # a cell that fails anyway would seem to catch everything
+        if which == "running":
+            unknown = [n for n in found.digests if not found.knows(n)]
+        else:
+            needed = {n for mistake in mistakes for n in in_order(mistake, root, found, which)}
+            unknown = [n for n in sorted(needed) if not found.is_clean(n)]
+        all_of(look, unknown, "notebooks without a mistake")
         all_of(attempt, mistakes, "mistakes")
 
 
