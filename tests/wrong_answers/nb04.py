@@ -89,10 +89,4 @@ def overtakes(first, second):
         "def missed(q, k, v): return attend(q, k, v) + 1e-7": "right wherever we looked",
         "def missed(q, k, v): return attend(q, k, v) * float('nan')": "the check notices it",
     },
-    "04.4": {
-        "def whole(share, faster): return faster": "only a tenth",
-        "def whole(share, faster): return 1 - share + share / faster": "its inverse",
-        "def whole(share, faster): return 1 / (1 - share)": "does not vanish",
-        "def whole(share, faster): return 1 + share - share / faster": "divide the old time",
-    },
 }

@@ -159,23 +159,3 @@ def _error(fn: Callable[..., Tensor], inputs: list[Tensor], samples: object = sl
     # for one key the gradients of q and k are 0
     errors = [((a - b).abs().max() / b.abs().max().clamp(min=1e-2)).item() for a, b in pairs]
     return max(errors, key=lambda off: math.inf if math.isnan(off) else off)
-
-
-@exercise("04.4")
-def whole(answer) -> str | None:
-    found = answered(answer(0.1, 2.0))
-    mistakes = {
-        "only a tenth of the time becomes shorter, the rest stays": 2.0,
-        "that is the new time; how many times faster is its inverse": 0.95,
-        "that adds the saved time to 1; divide the old time by the new one": 1.05,
-        "the part does not vanish; it still takes share / faster": 1 / 0.9,
-        "share times faster is no speed; add up the new time first": 0.2,
-        "the part takes share / faster, not share * faster": 1 / 1.1,
-    }
-    if reason := first_match(found, mistakes, near(1e-6)):
-        return reason
-    for share, faster in ((0.1, 2.0), (0.5, 4.0), (1.0, 3.0), (0.0, 7.0)):
-        found, right = answer(share, faster), 1 / (1 - share + share / faster)
-        if not math.isclose(found, right, rel_tol=1e-6):
-            return f"whole({share}, {faster}) is {found:.4f}; the old time over the new one is {right:.4f}"
-    return None
