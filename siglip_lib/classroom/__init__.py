@@ -7,6 +7,7 @@ from siglip_lib.classroom.machine import (
     device_report,
     kernel_times,
     measure,
+    measure_together,
     package_version,
     spread_report,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "import_transformers",
     "kernel_times",
     "measure",
+    "measure_together",
     "package_version",
     "pick_size",
     "picture",
