@@ -64,7 +64,8 @@ def search_box(
     Args:
         model: whose text tower reads the text.
         tokenizer: the model's.
-        vectors: unit vectors (n, width) of the pictures, such as ``embed_pictures`` gives.
+        vectors: unit vectors (n, width) of the pictures, such as ``embed_pictures`` gives; ``*embed_folder(model,
+            folder)`` stands for this argument and the next two.
         pictures: called with a place in ``vectors``, returns its picture, as ``Emoji64.picture`` does.
         titles: n strings to write below the pictures; nothing if None.
         count: pictures to show, at most n.
