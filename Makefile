@@ -6,7 +6,7 @@ PORT  ?= 8888
 SHARE := -n auto --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.cfg --nbval-cell-timeout=300
 
-.PHONY: lab test lint unit notebooks slow outputs measured speed speed-many weights ablations links clean
+.PHONY: lab test lint unit notebooks slow mutations outputs measured speed speed-many weights ablations links clean
 
 lab: $(VENV)/ready
 	@exec .ci/lab $(BIN) $(PORT)
@@ -24,6 +24,9 @@ notebooks: $(VENV)/ready  ## every cell twice in a row, as readers run them, and
 
 slow: $(VENV)/ready  ## SO400M at full size against timm and transformers: a minute or two, 9 GB of memory, 8 GB of disk
 	$(BIN)/pytest -m slow --durations=0 tests
+
+mutations: $(VENV)/ready  ## a hundred mistakes in the library, one at a time: which cell catches each; an hour, and goes on if stopped
+	$(BIN)/python tools/mutate.py --out build/mutations.json
 
 outputs: $(VENV)/ready  ## on an H100 or H200: run every notebook and store what it shows
 	$(BIN)/python tools/store_outputs.py notebooks/*.ipynb
