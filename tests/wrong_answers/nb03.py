@@ -21,6 +21,21 @@ _RIGHT = dict(
 )
 
 
+_KEYS = """
+def keys_seen(std):
+    attention = Attention(288, 4)
+    nn.init.normal_(attention.qkv.weight, std={std})
+    with torch.no_grad():
+        w = attention.attention_map(torch.randn(1, {tokens}, 288))
+    entropy = -torch.special.xlogy(w, w).sum(dim=-1).mean()
+    return {answer}
+"""
+
+
+def _keys(std: str = "std", tokens: str = "729", answer: str = "entropy.exp().item()") -> str:
+    return _KEYS.format(std=std, tokens=tokens, answer=answer)
+
+
 def _chunks(**changed: str) -> str:
     return _CHUNKS.format(**_RIGHT | changed)
 
@@ -92,5 +107,14 @@ def attend_in_chunks(q, k, v, chunk):
     ]
     return sum(parts) / len(parts)
 """: "softmax of its own",
+    },
+    "03.4": {
+        _keys(std="0.02"): "changes nothing",
+        _keys(std="std**0.5"): "not their variance",
+        _keys(tokens="256"): "729 tokens",
+        _keys(answer="entropy.item()"): "the entropy H",
+        _keys(answer="(entropy / math.log(2)).exp().item()"): "in bits",
+        _keys(answer="entropy.exp().item() / 4"): "this measurement gives",
+        "def keys_seen(std): return 729 * math.exp(-((288 * std**2) ** 2) / 2)": "what the approximation says",
     },
 }

@@ -1,5 +1,23 @@
 """Wrong answers to notebook 06's exercises, each with a piece of what the check must say."""
 
+_KEPT = """
+def kept(module, x):
+    learnt = {{p.untyped_storage().data_ptr() for p in module.parameters()}}
+    found = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+        output = module(x)
+    others = [t for t in found if t.untyped_storage().data_ptr() not in learnt]
+    once = {{t.untyped_storage().data_ptr(): t for t in {count}}}
+    return {answer}
+"""
+
+
+def _kept(
+    count: str = "others", answer: str = "sum(t.untyped_storage().nbytes() for t in once.values())"
+) -> str:
+    return _KEPT.format(count=count, answer=answer)
+
+
 WRONG = {
     "06.1": {
         "tower = 588 * 1152 + 1152 + 729 * 1152 + 27 * 15_239_504": "final LayerNorm is missing",
@@ -44,5 +62,16 @@ def parallel(block, x):
         "def idle(dim): return dim, 2 * dim - 1": "after the last",
         "def idle(dim): return 96, 192": "right for a width of 96",
         "def idle(dim): return dim": "must be a pair",
+    },
+    "06.4": {
+        _kept(count="found"): "parameters are counted",
+        _kept(answer="sum(t.untyped_storage().nbytes() // 4 for t in once.values())"): "4 bytes",
+        _kept(answer="sum(t.untyped_storage().nbytes() for t in others)"): "counted twice",
+        _kept(answer="sum(t.nbytes for t in others)"): "counted",
+        _kept(answer="sum(t.nbytes for t in once.values())"): "a view is",
+        _kept(answer="0"): "the input is kept too",
+        _kept(answer="output.nbytes"): "what the outputs take",
+        _kept(answer="str(output.nbytes)"): "must be a number",
+        _kept(answer="1"): "are kept",
     },
 }

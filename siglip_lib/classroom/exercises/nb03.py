@@ -100,3 +100,41 @@ def attend_in_chunks(answer) -> str | None:
     if not same(answer(q, k, v, 7), right(q, k, v)):
         return "wrong when chunk does not divide N: the last chunk is shorter"
     return None
+
+
+@exercise("03.4")
+def keys_seen(answer) -> str | None:
+    stds = (0.02, 0.06, 0.1)
+    found, right = [float(answered(answer(std))) for std in stds], [*map(_keys_seen, stds)]
+    close = near(0.1)
+    if max(found) - min(found) < 1:
+        return f"the answer is about {found[0]:.3g} for .02 and for .1: `std` changes nothing in it"
+    wrong = {
+        "that is the entropy H; the number of keys is e ** H": [math.log(keys) for keys in right],
+        "in bits the number of keys is 2 ** H, in natural logarithms e ** H": [
+            math.exp(math.log(keys) / math.log(2)) for keys in right
+        ],
+        "std is the standard deviation of the elements, not their variance": [
+            _keys_seen(std**0.5) for std in stds
+        ],
+        "that is what the approximation says; draw the matrix and look at the maps": [
+            729 * math.exp(-((288 * std**2) ** 2) / 2) for std in stds
+        ],
+        "a picture has 729 tokens": [_keys_seen(std, tokens=256) for std in stds],
+    }
+    if all(map(close, found, right)):
+        return None
+    if reason := first_match(found, wrong, lambda a, b: all(map(close, a, b))):
+        return reason
+    std, is_, wanted = next(x for x in zip(stds, found, right, strict=True) if not close(*x[1:]))
+    return f"keys_seen({std}) is {is_:.3g}; this measurement gives {wanted:.3g}"
+
+
+def _keys_seen(std: float, tokens: int = 729) -> float:
+    """Return e to the mean entropy of the maps, parameters and tokens being random."""
+    generator = torch.Generator().manual_seed(0)
+    attention = Attention(288, 4)
+    torch.nn.init.normal_(attention.qkv.weight, std=std, generator=generator)
+    with torch.no_grad():
+        maps = attention.attention_map(torch.randn(1, tokens, 288, generator=generator))
+    return torch.special.entr(maps).sum(-1).mean().exp().item()

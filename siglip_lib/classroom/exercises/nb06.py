@@ -3,6 +3,7 @@
 import operator
 
 import torch
+from torch import nn
 
 from siglip_lib.classroom.exercises import answered, exercise
 from siglip_lib.classroom.exercises.helpers import (
@@ -93,3 +94,57 @@ def idle(answer) -> str | None:
     if tuple(answer(1152)) != (1152, 2304):
         return f"right for a width of 96, but idle(1152) is {tuple(answer(1152))}"
     return None
+
+
+@exercise("06.4")
+def kept(answer) -> str | None:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        line, chain = nn.Linear(8, 16), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        modules = {
+            "nn.Linear(8, 16)": line,
+            "a Linear, a ReLU and a Linear": chain,
+            "a block": Block(8, 2),
+        }
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    for name, module in modules.items():
+        with torch.enable_grad():
+            right, mistakes = _kept(module, x)
+            found = answered(answer(module, x))
+        if not is_number(found):
+            return f"kept returns {found!r}; it must be a number of bytes"
+        if found == right:
+            continue
+        if reason := first_match(found, mistakes, operator.eq):
+            return f"{reason} ({name})"
+        return f"for {name} it is {found:,} bytes; {right:,} are kept"
+    return None
+
+
+def _kept(module: nn.Module, x: torch.Tensor) -> tuple[int, dict[str, int]]:
+    """Return the bytes that ``module(x)`` keeps, and by reason what a mistake counts."""
+    tensors = []
+    with torch.autograd.graph.saved_tensors_hooks(tensors.append, lambda index: index):
+        module(x)
+    learnt = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def once(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list({tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values())
+
+    def total(tensors: list[torch.Tensor]) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    others = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in learnt]
+    of_input = [t for t in others if t.untyped_storage().data_ptr() != x.data_ptr()]
+    right = total(once(others))
+    return right, {
+        "the parameters are counted too": total(once(tensors)),
+        "elements are counted; a float32 has 4 bytes": right // 4,
+        "a storage that two operations keep is counted twice": total(others),
+        "a view is counted by its own elements; count the bytes of its storage": (
+            sum(tensor.nbytes for tensor in others),
+            sum(tensor.nbytes for tensor in once(others)),
+        ),
+        "the input is kept too": total(once(of_input)),
+        "that is what the outputs take; count what the hook is called with": module(x).nbytes,
+    }
