@@ -1,13 +1,13 @@
 """Drawings of ideas: the tower with the part that a notebook builds, and how numbers move inside it.
 
-Each function returns a figure and its description, which ``show`` takes: ``show(*draw_tower("attention"))``. Nothing here
-is measured: the drawings are the same on every machine.
+Each function returns a figure and its description, which ``show`` takes: ``show(*draw_tower("attention"))``. Nothing
+here is measured: the drawings are the same on every machine.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from siglip_lib.base.checks import one_of
@@ -101,8 +101,9 @@ def draw_idea(name: str) -> tuple[Figure, str]:
     """Return a drawing of how numbers move, and its description.
 
     Args:
-        name: ``heads``: the split of (B, N, D) into heads. ``packed qkv``: where q, k and v of one Linear lie in memory.
-            ``tiled softmax``: a softmax over keys that come in blocks. ``residual stream``: the sum of input and branches.
+        name: ``heads``, the split of (B, N, D) into heads; ``packed qkv``, where q, k and v of one Linear lie in
+            memory; ``tiled softmax``, a softmax over keys that come in blocks; ``residual stream``, the sum of the
+            input and the branches.
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -169,8 +170,8 @@ def _packed_qkv() -> tuple[Figure, str]:
         ax.annotate("", (left, y), (left + end, y), arrowprops={"arrowstyle": "<->", "color": INK})
         over = end > 2 * width
         _text(ax, left + 0.1 if over else left + end + 0.1, y - 0.14 if over else y, words, ha="left")  # fmt: skip
-    _text(ax, left, 0.15, "Framed: q of head 1, a view with stride 3D from token to token and 1 from channel to channel; "
-          "nothing is copied.", ha="left")  # fmt: skip
+    _text(ax, left, 0.15, "Framed: q of head 1, a view with stride 3D from token to token and 1 from channel to "
+          "channel; nothing is copied.", ha="left")  # fmt: skip
     return fig, (
         "Memory as one row for each token: q, k and v, each with its heads side by side. q of one head is a piece of "
         "each row. Distances: 72 numbers to the next head, 1152 from q to k, 3456 to the next token."
@@ -180,9 +181,12 @@ def _packed_qkv() -> tuple[Figure, str]:
 def _tiled_softmax() -> tuple[Figure, str]:
     scores = (2, 3, 1), (5, 4, 2), (3, 1, 4)
     m = list(accumulate((max(block) for block in scores), max))
-    shrink = [0.0] + [math.exp(a - b) for a, b in zip(m[:-1], m[1:], strict=True)]
+    shrink = [0.0] + [math.exp(before - after) for before, after in pairwise(m)]
     part = [sum(math.exp(s - top) for s in block) for block, top in zip(scores, m, strict=True)]
-    total = list(accumulate(zip(shrink, part, strict=True), lambda t, new: t * new[0] + new[1], initial=0.0))[1:]  # fmt: skip
+    total = [0.0]
+    for factor, new in zip(shrink, part, strict=True):
+        total.append(total[-1] * factor + new)
+    total = total[1:]
     fig, ax = _canvas(3.9)
     _text(ax, 0.1, 3.7, "scores of N queries and N keys", size=10, ha="left")
     for row in range(3):
@@ -225,8 +229,8 @@ def _tiled_softmax() -> tuple[Figure, str]:
           "the same way:\nshrunk by the same factor, then the new values are added; at the end it is divided by ℓ.",
           ha="left")  # fmt: skip
     return fig, (
-        "Left: scores as three by three tiles; of one row of tiles the first is forgotten, the second in use, the third "
-        "to come. Right: nine scores of one query in three blocks; the largest so far, m, rises from "
+        "Left: scores as three by three tiles; of one row of tiles the first is forgotten, the second in use, the "
+        "third to come. Right: nine scores of one query in three blocks; the largest so far, m, rises from "
         f"{m[0]} to {m[1]} and stays. The sum ℓ goes {total[0]:.2f}, {total[1]:.2f}, {total[2]:.2f}: before each block "
         "is added, the old sum is shrunk by exp(m before − m)."
     )
@@ -261,8 +265,8 @@ def _residual_stream() -> tuple[Figure, str]:
     _text(ax, 0.5, 0.4, "LayerScale sets how much a branch adds: with factors of 1e-5 almost nothing at the start. "
           "DropPath leaves a part out.", ha="left")  # fmt: skip
     return fig, (
-        "A band that starts as the input x and gets one more stripe from each branch: attention and MLP of block 0, then "
-        "of block 1. Each branch reads the whole band through a norm. At the right the band is x plus four branches."
+        "A band that starts as the input x and gets one more stripe from each branch: attention and MLP of block 0, "
+        "then of block 1. Each branch reads the whole band through a norm. At the right the band is x plus four branches."
     )
 
 
