@@ -266,7 +266,8 @@ def _residual_stream() -> tuple[Figure, str]:
           "DropPath leaves a part out.", ha="left")  # fmt: skip
     return fig, (
         "A band that starts as the input x and gets one more stripe from each branch: attention and MLP of block 0, "
-        "then of block 1. Each branch reads the whole band through a norm. At the right the band is x plus four branches."
+        "then of block 1. Each branch reads the whole band through a norm. At the right the band is x plus "
+        "four branches."
     )
 
 
