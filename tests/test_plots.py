@@ -137,7 +137,7 @@ def test_maps_that_are_compared_share_a_scale():
     ]
     assert [image.get_clim() for image in drawn] == [(1, 100)] * 2
     assert float(drawn[0].norm(10.0)) == pytest.approx(0.5)
-    assert fig.colorbar(drawn[0], ax=axes).ax.get_ylim() == (1, 100)
+    assert fig.colorbar(drawn[0], ax=axes).ax.get_ylim() == pytest.approx((1, 100))
 
 
 def test_attention_without_a_token_marks_none():
