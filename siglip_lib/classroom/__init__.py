@@ -1,6 +1,7 @@
 """What the notebooks use beside the model: pictures, timings, widgets, oracles, and checks of exercises."""
 
 from siglip_lib.classroom.compare import agree
+from siglip_lib.classroom.diagrams import draw_idea, draw_tower
 from siglip_lib.classroom.exercises import check_exercise
 from siglip_lib.classroom.machine import (
     Timing,
@@ -31,6 +32,8 @@ __all__ = [
     "attention_viewer",
     "check_exercise",
     "device_report",
+    "draw_idea",
+    "draw_tower",
     "figure",
     "import_timm",
     "import_transformers",
