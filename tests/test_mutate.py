@@ -95,7 +95,7 @@ def tree(tmp_path):
     (tmp_path / sanitizing).write_bytes((ROOT / sanitizing).read_bytes())
     notebook = nbformat.v4.new_notebook()
     for source, text in (
-        ("from siglip_lib.small import half, unused\n_ = unused(1)", ""),
+        (f"from {LIBRARY.name}.small import half, unused\n_ = unused(1)", ""),
         ("print(f'{half(3.14):.3f}')", "1.570\n"),
     ):
         outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)] if text else []

@@ -247,7 +247,7 @@ def lines_run(tree: Path, notebook: str) -> dict[str, set[int]]:
     """The lines of the library that a notebook runs, by file."""
     (tree / "sitecustomize.py").write_text(TRACER, encoding="utf-8")
     noted = tree / "seen"
-    noted.write_text("")
+    noted.write_text("", encoding="utf-8")
     try:
         library = str((tree / "siglip_lib").resolve())
         outcome = run_notebook(tree, notebook, MUTATE_LIBRARY=library, MUTATE_SEEN=str(noted))
@@ -256,7 +256,7 @@ def lines_run(tree: Path, notebook: str) -> dict[str, set[int]]:
     if outcome.cell:
         raise RuntimeError(f"{notebook} fails without a mistake, in {outcome.cell}; mend it first")
     found: dict[str, set[int]] = {}
-    for place in noted.read_text().splitlines():
+    for place in noted.read_text(encoding="utf-8").splitlines():
         file, _, number = place.rpartition(":")
         found.setdefault(file, set()).add(int(number))
     return found
