@@ -200,10 +200,8 @@ def _in_turns(
     fns: Mapping[str, Callable[[], object]], rounds: int, timed: Callable[[Callable], _Stamp]
 ) -> dict[str, list[_Stamp]]:
     """Call each function twice a round, the second time by ``timed``, whose results are returned by name."""
-    order, shuffle = (
-        list(fns),
-        random.Random(0).shuffle,
-    )  # a generator of its own: no one's seed matters
+    order = list(fns)
+    shuffle = random.Random(0).shuffle  # a generator of its own: nobody's seed matters
     found = {name: [] for name in fns}
     for _ in range(rounds):
         shuffle(order)
