@@ -5,7 +5,7 @@ torch.distributed.
 """
 
 from siglip_lib.train.recipe import TrainConfig
-from siglip_lib.train.short_runs import Runs, Variant, runs_table, short_runs
 from siglip_lib.train.training import Diverged, Training
+from siglip_lib.train.variants import Runs, Variant, runs_table, short_runs
 
 __all__ = ["Diverged", "Runs", "TrainConfig", "Training", "Variant", "runs_table", "short_runs"]
