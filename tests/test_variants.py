@@ -125,13 +125,14 @@ def test_torchs_generators_are_left_as_they_were():
     assert torch.equal(torch.rand(3), wanted)
 
 
-def test_the_search_has_a_seed_of_its_own_and_leaves_no_trace(runs):
-    found = short_runs({"": Variant(plain, [1e-2, 1e-3])}, CONFIG, [0], "cpu")[""]
-    assert list(found.tried) == [1e-2, 1e-3]
-    # the seed after the largest
-    assert found.tried[1e-2] == pytest.approx(runs["plain"].recall[1].item())
-    alone = short_runs({"": Variant(plain, [found.lr])}, CONFIG, [0], "cpu")[""]
-    assert torch.equal(found.losses, alone.losses)
+def test_the_search_leaves_no_trace():
+    found, alone = (
+        short_runs({"": Variant(plain, rates)}, CONFIG, [0], "cpu")[""]
+        for rates in ([1e-2, 1e-2 / 2], [1e-2])
+    )
+    assert list(found.tried) == [1e-2, 1e-2 / 2]
+    assert all(0 < value < 1 for value in found.tried.values())
+    assert torch.equal(found.losses, alone.losses) == (found.lr == alone.lr)
 
 
 def test_what_diverges_has_nan_from_there_on_and_the_others_go_on():
@@ -146,14 +147,22 @@ def test_what_diverges_has_nan_from_there_on_and_the_others_go_on():
 
 
 def test_a_rate_that_diverges_is_not_chosen(monkeypatch):
-    shares = {0.5: math.nan, 0.1: 0.0, 0.01: 0.25, 0.001: 0.25}
+    ranks = {0.5: [math.nan, math.nan], 0.1: [50, 70], 0.01: [1, 70], 0.001: [3, 5]}
+
+    trained = []
 
     def train(build, config, course, bar):
-        return torch.zeros(6), torch.zeros(6), shares[config.lr]
+        trained.append((config.seed, config.lr))
+        return torch.zeros(6), torch.zeros(6), torch.tensor(ranks[config.lr]).float()
 
     monkeypatch.setattr("siglip_lib.train.variants._train", train)
     for rates, chosen in (([0.5, 0.1], 0.1), ([0.1, 0.01, 0.001], 0.01)):
-        assert run(some=Variant(plain, rates))["some"].lr == chosen
+        found = run(some=Variant(plain, rates))["some"]
+        assert found.lr == chosen
+        assert found.recall.tolist() == [sum(rank <= 5 for rank in ranks[chosen]) / 2] * 2
+    # the search has a seed of its own
+    assert trained[:4] == [(2, 0.5), (2, 0.1), (0, 0.1), (1, 0.1)]
+    assert found.tried[0.001] == pytest.approx((1 / 3 + 1 / 5) / 2)
 
 
 def test_a_model_whose_vectors_have_no_direction_has_no_recall():
