@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 VALIDATION, TEST = "emojione", "twemoji"  # designers
-# Towers for short trainings: of a picture's 64 pixels they make 16 patches. The first is the one that ships in all else,
-# the second is for a CPU.
+# Towers for short trainings, of 16 patches to a picture. The first is else the one that ships, the second is for a CPU.
 SHORT_SIGLIP = replace(EMOJI64_SIGLIP, patch_size=16)
 TINY_SIGLIP = replace(
     SHORT_SIGLIP,
