@@ -14,7 +14,7 @@ from siglip_lib.classroom import figure, plot_curves
 from siglip_lib.data.emoji64 import load_emoji64, split
 from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
 from siglip_lib.train import Runs, TrainConfig, Training, Variant, runs_table, short_runs
-from siglip_lib.train.variants import training_and_validation
+from siglip_lib.train.variants import _verdict, training_and_validation
 
 mpl.use("Agg")
 
@@ -247,6 +247,14 @@ def test_the_table_says_what_is_level():
     assert table[3].endswith("lower")
     assert "2e-03!" in table[3]
     assert "2e-03!" not in table[1]
+
+
+@pytest.mark.parametrize(("seeds", "level"), [(3, 0.95), (2, 0.79)])
+def test_variants_that_are_alike_are_level_as_often_as_it_says(seeds, level):
+    found = torch.randn(4000, 2, seeds, generator=torch.Generator().manual_seed(0))
+    said = [_verdict(one, other) for one, other in found]
+    assert said.count("level") / len(said) == pytest.approx(level, abs=0.02)
+    assert said.count("lower") == pytest.approx(said.count("higher"), rel=0.3)
 
 
 def test_one_seed_has_no_verdict():
