@@ -1,6 +1,7 @@
 """What the notebooks use beside the model: pictures, timings, widgets, oracles, and checks of exercises."""
 
 from siglip_lib.classroom.compare import agree
+from siglip_lib.classroom.curves import plot_curves
 from siglip_lib.classroom.diagrams import draw_idea, draw_tower
 from siglip_lib.classroom.exercises import check_exercise
 from siglip_lib.classroom.machine import (
@@ -43,6 +44,7 @@ __all__ = [
     "package_version",
     "pick_size",
     "picture",
+    "plot_curves",
     "plot_histogram",
     "search_box",
     "show",
