@@ -69,6 +69,25 @@ def test_stored_outputs_come_from_the_gpu_they_name(path, notebook):
     assert notebook.cells[0].source == head  # says what was measured
 
 
+# 09 to 14 still show some answers below their questions
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS if path.stem < "09"], ids=lambda path: path.stem
+)
+def test_a_prediction_offers_choices_and_its_answer_is_closed(path):
+    predictions, open_ones = 0, set()
+    for cell in read(path).cells:
+        if cell.cell_type == "markdown":
+            assert not open_ones, f"an answer stands open below {open_ones}"
+            _, asks, question = cell.source.rpartition("**Predict")
+            if asks:
+                assert "(a)" in question and "(b)" in question
+                predictions, open_ones = predictions + 1, {cell.id}
+        elif cell.metadata.get("jupyter", {}).get("outputs_hidden"):
+            open_ones = set()
+    assert not open_ones
+    assert 3 <= predictions
+
+
 @notebooks
 def test_tags_are_known_and_few(path, notebook):
     cells = code_cells(notebook)
