@@ -26,7 +26,7 @@ from siglip_lib import (
     attention_backends,
     choose_backend,
 )
-from siglip_lib.backends import BackendStatus, attend_packed, dispatch, trials
+from siglip_lib.backends import BackendStatus, attend_packed, dispatch, is_large, trials
 from siglip_lib.backends.table import BACKENDS, Backend
 
 NAMES = ("triton", "cudnn", "flash_attn", "sdpa", "xformers", "eager")
@@ -313,10 +313,19 @@ def test_what_lies_packed(gpu):
     assert not dispatch._lie_packed(q.clone(), k.clone(), v.clone())
 
 
-def test_what_is_large():
-    assert dispatch._is_large((64, 729, 16, 72))
-    assert not dispatch._is_large((8, 729, 16, 72))
-    assert not dispatch._is_large((64, 1024, 16, 72))
+@pytest.mark.parametrize(
+    ("batch", "tokens", "head_dim", "large"),
+    [
+        (64, 729, 72, True),
+        (8, 729, 64, True),
+        (8, 512, 72, False),  # 9.7e9 FLOP, level
+        (1, 729, 80, False),
+        (64, 1023, 72, True),
+        (64, 1024, 72, False),
+    ],
+)
+def test_what_is_large(batch, tokens, head_dim, large):
+    assert is_large((batch, tokens, 16, head_dim)) is large
 
 
 def test_auto_takes_triton_where_it_was_fastest(gpu):

@@ -27,6 +27,7 @@ PATIENCE = 60  # seconds; a busy machine is no failure
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CELLS = (
     """
+import torch
 from siglip_lib import attention_viewer, search_box
 from siglip_lib import load_emoji64
 from siglip_lib.data import compose, split
@@ -41,6 +42,9 @@ search_box(model, tokenizer, vectors, lambda i: emoji.picture(int(places[i])), t
 """,
     """
 attention_viewer(model.image, compose(emoji.pictures[places[:3]]), names=titles[:3])
+""",
+    """
+attention_viewer(torch.eye(16)[None] + torch.arange(16) / 100, compose(emoji.pictures[places[:1]]))
 """,
 )
 
@@ -216,6 +220,21 @@ def test_clicks_and_arrow_keys_move_the_patch_that_looks(page):
     click(5.5, 0.5)
     assert "row 2, column 7" in after(lambda: layers.select_by_visible_text("block 0"))
     assert mark.is_displayed()
+
+
+def test_a_click_on_weights_alone(page):
+    frame = wait_for("both viewers", lambda: all_of(page, ".siglip-patches > div")[1:])[0]
+    image, caption = (all_of(page, f".siglip-patches {tag}")[1] for tag in ("img", "p"))
+    wait_for("the picture", lambda: image.size["height"] > 100)
+    assert "row 3, column 3" in caption.text
+    before = image.get_attribute("src")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", frame)
+    x, y = -0.375 * image.size["width"], 0.375 * image.size["height"]  # the lower left patch
+    webdriver.ActionChains(page).move_to_element_with_offset(frame, x, y).click().perform()
+    wait_for("another map", lambda: image.get_attribute("src") != before)
+    assert "row 4, column 1 attends" in caption.text
+    assert "from 0.000 (violet) to 1.120 (yellow)" in caption.text
+    assert len(all_of(page, ".widget-dropdown select")) == 3  # the tower's; here is no choice
 
 
 def test_nothing_comes_from_elsewhere(page):

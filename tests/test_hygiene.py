@@ -4,15 +4,19 @@ import ast
 import base64
 import configparser
 import importlib
+import itertools
 import json
 import re
 import statistics
 from contextlib import suppress
 
 import pytest
+import torch
 import yaml
 from notebook_files import PATHS, ROOT, all_code_cells, code_cells, read
 from store_outputs import GPU, gpu_of, write_head
+
+from siglip_lib import attention_backends
 
 TAGS = {"nbval-ignore-output"}
 PRIVATE = re.compile(
@@ -63,6 +67,26 @@ def test_stored_outputs_come_from_the_gpu_they_name(path, notebook):
     head = notebook.cells[0].source
     write_head(notebook)
     assert notebook.cells[0].source == head  # says what was measured
+
+
+# 09 to 14 still show some answers below their questions
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS if path.stem < "09"], ids=lambda path: path.stem
+)
+def test_a_prediction_offers_choices_and_its_answer_is_closed(path):
+    predictions, open_ones = 0, set()
+    for cell in read(path).cells:
+        if cell.cell_type == "markdown":
+            assert not open_ones, f"an answer stands open below {open_ones}"
+            _, asks, question = cell.source.rpartition("**Predict")
+            if asks:
+                assert "(a)" in question
+                assert "(b)" in question
+                predictions, open_ones = predictions + 1, {cell.id}
+        elif cell.metadata.get("jupyter", {}).get("outputs_hidden"):
+            open_ones = set()
+    assert not open_ones
+    assert predictions >= 3
 
 
 @notebooks
@@ -132,6 +156,39 @@ def test_links_between_notebooks_lead_somewhere(path, notebook):
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for name in re.findall(r"\]\((\d\d_\w+\.ipynb)\)", text):
         assert (path.parent / name).exists(), name
+
+
+def test_next_leads_from_each_notebook_to_the_following_one():
+    for path, following in itertools.pairwise(PATHS):
+        last = read(path).cells[-1].source
+        paragraphs = [text for text in last.split("\n\n") if text.startswith("**Next:**")]
+        assert len(paragraphs) == 1, path.name
+        first_link = re.search(r"\]\((.*?)\)", paragraphs[0])
+        assert first_link, path.name
+        assert first_link[1] == following.name, path.name
+    assert "**Next:**" not in read(PATHS[-1]).cells[-1].source
+
+
+def test_the_map_of_the_series_shows_every_notebook_under_its_name():
+    text = "\n".join(cell.source for cell in read(PATHS[0]).cells if cell.cell_type == "markdown")
+    rows = re.findall(r"^\| \[(\d\d)\]\((.*?)\) (.*?) \|", text, re.MULTILINE)
+    assert rows == [
+        (path.stem[:2], path.name, read(path).cells[0].source.splitlines()[0].partition(" · ")[2])
+        for path in PATHS
+    ]
+
+
+def test_what_fits_is_told_of_every_notebook():
+    (cell,) = (c for c in code_cells(read(PATHS[0])) if 'metadata"]["measured"]' in c.source)
+    pattern = re.search(r'Path\(\)\.glob\("(.*?)"\)', cell.source)[1]
+    assert sorted((ROOT / "notebooks").glob(pattern)) == PATHS
+
+
+def test_the_table_of_backends_has_each_in_the_order_of_auto():
+    text = "\n".join(cell.source for cell in read(PATHS[0]).cells if cell.cell_type == "markdown")
+    table = text.partition("| backend | what it is |\n")[2].partition("\n\n")[0]
+    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert named == list(attention_backends("cpu", torch.float32, 72))
 
 
 def in_the_locales_encoding(source: str) -> list[str]:

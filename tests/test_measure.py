@@ -1,12 +1,22 @@
 """measure and the reports on device and versions."""
 
 import importlib.metadata
+import itertools
+import random
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from siglip_lib import device_report, kernel_times, measure, package_version, spread_report
+from siglip_lib import (
+    device_report,
+    kernel_times,
+    measure,
+    measure_together,
+    package_version,
+    spread_report,
+)
 from siglip_lib.classroom import Timing
 
 
@@ -37,6 +47,78 @@ def test_wrong_arguments_are_told_before_any_call(options, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared below
         measure(lambda: pytest.fail("was called"), "cpu", **options)
     assert str(caught.value) == message
+
+
+def test_turns_change_their_order_and_time_the_second_call():
+    calls = []
+    fns = {name: partial(calls.append, name) for name in "abc"}
+    found = measure_together(fns, "cpu", repeats=12, warmup=2)
+    assert list(found) == ["a", "b", "c"]
+    assert calls[:6] == [*"aabbcc"]
+    turns = calls[6:]
+    assert turns[::2] == turns[1::2]
+    rounds = [tuple(turns[i : i + 6 : 2]) for i in range(0, len(turns), 6)]
+    assert len(rounds) == 12
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) >= 3
+    assert {one[0] for one in rounds} == {"a", "b", "c"}
+
+
+def test_each_turn_has_its_own_time_in_milliseconds():
+    def alternating():
+        time.sleep(next(naps))
+
+    naps = itertools.cycle([0.1, 0.01])  # the second of each turn is the shorter
+    found = measure_together(
+        {"alternating": alternating, "nothing": lambda: None}, "cpu", repeats=5, warmup=0
+    )
+    assert 10 <= found["alternating"].median_ms < 100
+    assert found["nothing"].median_ms < 10
+    assert found["nothing"].peak_bytes is None
+
+
+def test_turns_leave_the_random_generators_alone():
+    before = random.getstate()
+    measure_together({"a": int, "b": int}, "cpu")
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repeats": 0}, "repeats=0 must be at least 1"),
+        ({"warmup": -1}, "warmup=-1 at least 0"),
+        ({"graph": True}, "graph=True needs a CUDA device"),
+        ({"fns": {}}, "fns has no function to time"),
+    ],
+)
+def test_wrong_arguments_of_turns_are_told_before_any_call(options, message):
+    fns = options.pop("fns", {"a": lambda: pytest.fail("was called")})
+    with pytest.raises(ValueError, match=message):
+        measure_together(fns, "cpu", **options)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_turns_on_a_gpu(graph, gpu):
+    x, large = torch.randn(1024, 1024, device=gpu), torch.randn(4096, 4096, device=gpu)
+    fns = {"large": lambda: large @ large, "small": lambda: x @ x}
+    found = measure_together(fns, gpu, repeats=5, graph=graph)
+    assert found["large"].fastest_ms > found["small"].median_ms > 0
+    assert not found["large"].is_level(found["small"])
+    assert found["large"].peak_bytes >= large.nbytes > found["small"].peak_bytes >= x.nbytes
+
+
+def test_level_are_ranges_that_overlap():
+    timing = Timing(2.0, 1.9, 2.1, None)
+    for other, level in (
+        (Timing(2.15, 2.05, 3.0, None), True),
+        (Timing(2.5, 2.1, 2.9, None), True),
+        (Timing(2.0, 1.0, 9.0, None), True),
+        (Timing(2.5, 2.2, 2.9, None), False),
+        (Timing(1.5, 1.4, 1.8, None), False),
+    ):
+        assert timing.is_level(other) is level
+        assert other.is_level(timing) is level
 
 
 @pytest.mark.parametrize("graph", [False, True])

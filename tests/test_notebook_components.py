@@ -44,7 +44,7 @@ FUNCTIONS = {
         "MySigmoidLoss",
         "my_chunked_loss",
     ],
-    "11": ["my_rollout", "my_occlusion"],
+    "11": ["my_rollout", "my_occlusion", "my_gradient_tokens"],
     "12": ["my_fused_residual", "my_truncated_draws"],
     "13": ["my_attention", "my_dq", "my_dk_dv"],
     "14": ["my_ring"],
@@ -191,6 +191,13 @@ def test_occlusion_equals_the_library():
     mine = notebooks_own("11", "my_occlusion")["my_occlusion"](tower, pixels, text, 8)
     library = siglip_lib.occlusion(tower, pixels, text, window=8, stride=8)
     torch.testing.assert_close(mine, library, rtol=0, atol=1e-5)
+
+
+def test_gradient_tokens_equals_the_library():
+    tower, pixels = explained()
+    text = torch.randn(2, 24)
+    mine = notebooks_own("11", "my_gradient_tokens")["my_gradient_tokens"](tower, pixels, text)
+    torch.testing.assert_close(mine, siglip_lib.gradient_tokens(tower, pixels, text).flatten(1))
 
 
 @pytest.mark.parametrize(

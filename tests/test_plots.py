@@ -127,6 +127,19 @@ def test_attention_over_a_picture():
     assert ax.get_title(loc="left") == "cat"
 
 
+def test_maps_that_are_compared_share_a_scale():
+    fig, axes = figure(1, 2)
+    maps = torch.arange(1.0, 5.0), torch.full((4,), 7.0)
+    scale = {"vmin": 1, "vmax": 100, "norm": "log"}
+    drawn = [
+        show_attention(ax, picture("cat", 8), m, **scale)
+        for ax, m in zip(axes[0], maps, strict=True)
+    ]
+    assert [image.get_clim() for image in drawn] == [(1, 100)] * 2
+    assert float(drawn[0].norm(10.0)) == pytest.approx(0.5)
+    assert fig.colorbar(drawn[0], ax=axes).ax.get_ylim() == pytest.approx((1, 100))
+
+
 def test_attention_without_a_token_marks_none():
     ax = figure()[1][0, 0]
     show_attention(ax, picture("cat", 8), torch.ones(4))

@@ -479,7 +479,7 @@ def test_refused(given, kind, message, monkeypatch):
         preprocess(given)
     # before any work: neither the file nor the picture before it is looked at
     module = sys.modules["siglip_lib.data.preprocessing"]
-    monkeypatch.setattr(module, "_upright_rgb", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(module, "upright_rgb", lambda *_: pytest.fail("work was done"))
     with pytest.raises(kind, match="^" + re.escape(f"pictures[3]: {message}")):
         preprocess([noise(2, 2), "nowhere.png", noisy("L"), given, None])
 

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from siglip_lib import VisionTransformer
+from siglip_lib import SIGLIP_CONFIGS, VisionTransformer, create_siglip_vit
 from siglip_lib.siglip import folder as siglip_folder
 from siglip_lib.siglip.config_json import (
     HARMLESS,
@@ -35,6 +35,7 @@ from siglip_lib.siglip.config_json import (
 from siglip_lib.siglip.folder import load_siglip, save_siglip
 from siglip_lib.siglip.model import SigLIP, SigLIPConfig, embed_pictures
 from siglip_lib.siglip.text import Tokenizer, train_tokenizer
+from siglip_lib.tower.siglip_vit import SigLIPVisionConfig
 
 CONFIG = SigLIPConfig(
     image_size=32,
@@ -546,15 +547,61 @@ def test_a_folder_or_a_pipe_in_the_place_of_a_file(name, tokenizer, tmp_path):
         load_siglip(tmp_path / "a")
 
 
-@pytest.mark.parametrize(
-    "lost", [["spiece.model"], ["config.json"], ["model.safetensors", "spiece.model"]]
-)
-def test_files_that_are_missing_are_named(lost, tokenizer, tmp_path):
+@pytest.mark.parametrize("lost", sorted(FILES))
+def test_a_file_that_is_missing_is_named(lost, tokenizer, tmp_path):
     save_siglip(our_model(), tokenizer, tmp_path / "a")
-    for name in lost:
-        (tmp_path / "a" / name).unlink()
-    with pytest.raises(FileNotFoundError, match=re.escape(f"a' holds no {', '.join(lost)}")):
+    (tmp_path / "a" / lost).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(f"a' holds no {lost}")):
         load_siglip(tmp_path / "a")
+
+
+# --- SigLIP 2 ---
+
+
+def test_of_siglip_2_at_a_fixed_size_the_image_tower_alone_is_loaded(monkeypatch, tmp_path):
+    # as its repositories: SiglipModel under model_type "siglip", and Gemma's tokenizer in a file of another name
+    theirs = their_model().eval()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "siglip"
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no spiece\.model; SigLIP 2 .* create_siglip_vit\("
+    ):
+        load_siglip(tmp_path)
+    sizes = {field.name: getattr(CONFIG, field.name) for field in fields(SigLIPVisionConfig)}
+    monkeypatch.setitem(SIGLIP_CONFIGS, "tiny", SigLIPVisionConfig(**sizes))
+    ours = create_siglip_vit("tiny", ckpt_path=tmp_path).eval()
+    pixels, _ = inputs()
+    with torch.no_grad():
+        wanted = theirs.vision_model(pixels).pooler_output
+        assert_close({"pooled": ours(pixels)}, {"pooled": wanted})
+
+
+def naflex(folder: Path) -> None:
+    """Write what transformers writes of SigLIP 2's NaFlex, in small."""
+    tower = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.Siglip2Config(
+        text_config=tower | {"vocab_size": 40, "max_position_embeddings": 16},
+        vision_config=tower | {"patch_size": 8, "num_patches": 16},
+    )
+    transformers.Siglip2Model(config).save_pretrained(folder)
+
+
+def test_naflex_is_refused_by_its_model_type_before_its_weights_are_read(tmp_path):
+    naflex(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"model_type is 'siglip2', not 'siglip' \(SigLIP 2's NaFlex"
+    ):
+        load_siglip(tmp_path)
+
+
+def test_naflex_towers_patches_do_not_fit(monkeypatch, tmp_path):
+    naflex(tmp_path)
+    monkeypatch.setitem(SIGLIP_CONFIGS, "tiny", SigLIPVisionConfig(32, 8, 24, 2, 2, 48))
+    message = r"patch_embedding\.weight \(24, 192\), not \(24, 3, 8, 8\)"
+    with pytest.raises(ValueError, match=message):
+        create_siglip_vit("tiny", ckpt_path=tmp_path)
 
 
 def test_a_shard_that_is_missing_is_named(pieces, tmp_path):

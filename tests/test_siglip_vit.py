@@ -1,10 +1,12 @@
 """create_siglip_vit: the towers by name, against transformers' sizes."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from comparing import randomized
+from timm.models import list_models
 from torch import nn
 from transformers import SiglipVisionConfig as TheirConfig
 from transformers import SiglipVisionModel
@@ -46,11 +48,14 @@ def test_sizes_are_transformers(name):
     ("name", "size", "width", "depth", "heads", "head_dim", "hidden", "tokens"),
     [
         ("siglip_base_patch16_224", 224, 768, 12, 12, 64, 3072, 196),
+        ("siglip_base_patch16_256", 256, 768, 12, 12, 64, 3072, 256),
         ("siglip_base_patch16_384", 384, 768, 12, 12, 64, 3072, 576),
-        ("siglip_large_patch16_224", 224, 1024, 24, 16, 64, 4096, 196),
+        ("siglip_base_patch16_512", 512, 768, 12, 12, 64, 3072, 1024),
+        ("siglip_large_patch16_256", 256, 1024, 24, 16, 64, 4096, 256),
         ("siglip_large_patch16_384", 384, 1024, 24, 16, 64, 4096, 576),
         ("siglip_so400m_patch14_224", 224, 1152, 27, 16, 72, 4304, 256),
         ("siglip_so400m_patch14_384", 384, 1152, 27, 16, 72, 4304, 729),
+        ("siglip_so400m_patch16_256", 256, 1152, 27, 16, 72, 4304, 256),
     ],
 )
 def test_every_tower(name, size, width, depth, heads, head_dim, hidden, tokens):
@@ -65,6 +70,15 @@ def test_every_tower(name, size, width, depth, heads, head_dim, hidden, tokens):
     assert block.attn.qkv.bias is not None
     assert model.cls_token is None
     assert (model.global_pool, model.num_classes) == ("map", 0)
+
+
+def test_the_names_are_those_of_the_towers_that_were_published():
+    # timm's name of each file of Google's, without the mean in the pooling head's place (gap); its 378 are the 384's
+    published = re.findall(
+        r"vit_(\w+)_siglip_(\d+)\.webli", " ".join(list_models("*_siglip_*", pretrained=True))
+    )
+    published = {f"siglip_{name}_{size}" for name, size in published if size != "378"}
+    assert set(SIGLIP_CONFIGS) == published
 
 
 def test_so400m_at_384_pixels_unless_told():

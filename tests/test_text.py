@@ -279,6 +279,20 @@ def test_a_vocabulary_whose_piece_1_is_another(tmp_path):
         Tokenizer(tmp_path / "a.model")
 
 
+def test_a_vocabulary_as_siglip_2s(tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS),
+        model_prefix=str(tmp_path / "a"),
+        vocab_size=50,
+        minloglevel=2,
+        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3},  # Gemma's
+    )
+    with pytest.raises(ValueError, match=r"a\.model' has piece 3 for what is unknown; SigLIP's is"):
+        Tokenizer(tmp_path / "a.model")
+
+
 @pytest.mark.parametrize("length", [0, 1.5])
 def test_context_length_is_a_positive_int(length, pieces):
     with pytest.raises((TypeError, ValueError), match=f"context_length={length}"):

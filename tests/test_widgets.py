@@ -332,3 +332,72 @@ def test_attention_viewer_refuses(options, pixels, names, message):
 def test_attention_viewer_refuses_what_is_no_tower():
     with pytest.raises(TypeError, match="tower is a Linear; it must be a VisionTransformer"):
         attention_viewer(nn.Linear(2, 2), PIXELS)
+
+
+# --- attention_viewer, of weights alone ---
+
+GIVEN = torch.stack([torch.zeros(3, 24, 16), torch.ones(3, 24, 16)])  # 2 by 2 patches of 12 by 8
+
+
+def assert_shows_two_by_two(picker, weights: Tensor) -> None:
+    """Four patches in the colours of their weights, on the grey of a picture of zeros."""
+    low, high = weights.min().item(), weights.max().item()
+    shades = ((weights.double().view(2, 2) - low) / (high - low)).numpy()
+    expected = 0.4 * 127.5 + 0.6 * 255 * colormaps["viridis"](shades)[..., :3]
+    found = image(picker)
+    assert found.shape == (24 * 16, 16 * 16, 3)
+    expected = expected.repeat(found.shape[0] // 2, axis=0).repeat(found.shape[1] // 2, axis=1)
+    assert np.abs(found - expected).max() < 3.5
+    assert f"from {low:.3f} (violet) to {high:.3f} (yellow)" in picker.caption
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weights_alone(dtype, device):
+    weights = torch.rand(2, 4, 4).softmax(-1).to(device, dtype).requires_grad_()
+    viewer = attention_viewer(weights, GIVEN, names=["grey", "white"])
+    picture, picker = parts(viewer)
+    assert [o for o, _ in picture.options] == ["grey", "white"]
+    assert (picker.rows, picker.columns, picker.picked, picker.clickable) == (2, 2, 3, True)
+    shown = weights.detach().float().cpu()
+    for picked in (3, 0, 1, 2):
+        picker.picked = picked
+        place = f"row {picked // 2 + 1}, column {picked % 2 + 1}"
+        assert picker.caption.startswith(f"The patch in {place} attends to patches with")
+        assert_shows_two_by_two(picker, shown[0, picked])
+    before = picker.image
+    picture.value = 1
+    assert picker.image != before
+    assert f"to {shown[1, 2].max():.3f} (yellow)" in picker.caption
+
+
+def test_weights_of_heads_and_one_picture():
+    weights = torch.rand(1, 3, 4, 4)
+    head, picker = parts(attention_viewer(weights, GIVEN[:1]))
+    assert [o for o, _ in head.options] == ["mean", "head 0", "head 1", "head 2"]
+    assert_shows_two_by_two(picker, weights[0, :, 3].mean(0))
+    head.value = 1
+    assert_shows_two_by_two(picker, weights[0, 1, 3])
+
+
+def test_one_map_of_one_picture_has_no_menus():
+    [picker] = parts(attention_viewer(torch.rand(1, 4, 4), GIVEN[:1]))
+    assert picker.clickable
+
+
+@pytest.mark.parametrize(
+    ("weights", "pixels", "names", "error", "message"),
+    [
+        (torch.rand(4, 4), GIVEN, None, ValueError, "weights has shape (4, 4); it must be (B, heads, N, N) or"),
+        (torch.rand(2, 4, 9), GIVEN, None, ValueError, "(2, 4, 9); its last two must be equal, and a square"),
+        (torch.rand(2, 8, 8), GIVEN, None, ValueError, "(2, 8, 8); its last two must be equal, and a square"),
+        (torch.rand(3, 4, 4), GIVEN, None, ValueError, "weights has maps of 3 pictures; pixels holds 2"),
+        (torch.rand(2, 9, 9), GIVEN, None, ValueError, "pictures are 24 x 16 pixels; 3 x 3 patches don't"),
+        (torch.rand(2, 4, 4), GIVEN[0], None, ValueError, "pixels has shape (3, 24, 16); it must be (B, 3, H,"),
+        (torch.rand(2, 4, 4) / 0, GIVEN, None, ValueError, "attention_viewer refuses NaN or infinite elements"),
+        (torch.ones(2, 4, 4).long(), GIVEN, None, TypeError, "weights is torch.int64; it must be of float16"),
+        (torch.rand(2, 4, 4), GIVEN, ["a"], ValueError, "names has 1 entries; pixels holds 2 pictures"),
+    ],
+)  # fmt: skip
+def test_attention_viewer_refuses_weights(weights, pixels, names, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        attention_viewer(weights, pixels, names=names)

@@ -1,6 +1,12 @@
 """Attention by whichever library can run here, and the reasons why others can't."""
 
-from siglip_lib.backends.dispatch import attend, attend_packed, attention_backends, choose_backend
+from siglip_lib.backends.dispatch import (
+    attend,
+    attend_packed,
+    attention_backends,
+    choose_backend,
+    is_large,
+)
 from siglip_lib.backends.table import LARGE, LONG
 from siglip_lib.backends.trials import BackendStatus
 
@@ -12,4 +18,5 @@ __all__ = [
     "attend_packed",
     "attention_backends",
     "choose_backend",
+    "is_large",
 ]

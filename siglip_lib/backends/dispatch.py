@@ -48,7 +48,7 @@ def attention_backends(
         tokens: number of keys; cuDNN refuses a single one, ``triton`` more than 16,384.
         packed: whether q, k and v lie in one tensor, as a qkv layer gives them; ``triton`` needs that.
         large: whether the work is at least ``LARGE`` FLOP, so that the GPU and not Python's launches set the pace, in
-            fewer than ``LONG`` tokens.
+            fewer than ``LONG`` tokens, as ``is_large`` tells.
         scale: factor of the scores; ``triton`` needs one above 0.
 
     Returns:
@@ -176,7 +176,7 @@ def attend(
     scale = dim**-0.5 if scale is None else finite("scale", scale)
     if dropout or type(dropout) is not float:  # 0.0 needs no check
         dropout = probability("dropout", dropout)
-    packed, large = (_lie_packed(q, k, v), _is_large(of_q)) if q.is_cuda else (False, False)
+    packed, large = (_lie_packed(q, k, v), is_large(of_q)) if q.is_cuda else (False, False)
     case = reduced_case(
         q.device, q.dtype, dim, dropout, deterministic, of_k[1], packed, large, scale
     )
@@ -219,7 +219,7 @@ def attend_packed(
     scale = dim**-0.5 if scale is None else finite("scale", scale)
     if dropout or type(dropout) is not float:
         dropout = probability("dropout", dropout)
-    large = _is_large(plain_shape(q)) if q.is_cuda else False
+    large = is_large(plain_shape(q)) if q.is_cuda else False
     case = reduced_case(
         q.device, q.dtype, dim, dropout, deterministic, shape[1], qkv.is_contiguous(), large, scale
     )
@@ -236,7 +236,8 @@ def _above_zero(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-q, -scale) if scale < 0 else (q * 0, 1.0)
 
 
-def _is_large(shape: tuple[int, ...]) -> bool:
+def is_large(shape: tuple[int, ...]) -> bool:
+    """Tell whether q of the shape (B, N, heads, head_dim) makes a ``large`` case: of ``LARGE`` FLOP, below ``LONG``."""
     batch, tokens, heads, dim = shape
     large = 4 * batch * heads * tokens * tokens * dim >= LARGE and tokens < LONG
     return True if large else False  # noqa: SIM210  a constant where compiled code knows sizes by symbols

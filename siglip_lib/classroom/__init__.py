@@ -1,12 +1,15 @@
 """What the notebooks use beside the model: pictures, timings, widgets, oracles, and checks of exercises."""
 
 from siglip_lib.classroom.compare import agree
+from siglip_lib.classroom.curves import plot_curves
+from siglip_lib.classroom.diagrams import draw_idea, draw_tower
 from siglip_lib.classroom.exercises import check_exercise
 from siglip_lib.classroom.machine import (
     Timing,
     device_report,
     kernel_times,
     measure,
+    measure_together,
     package_version,
     spread_report,
 )
@@ -30,14 +33,18 @@ __all__ = [
     "attention_viewer",
     "check_exercise",
     "device_report",
+    "draw_idea",
+    "draw_tower",
     "figure",
     "import_timm",
     "import_transformers",
     "kernel_times",
     "measure",
+    "measure_together",
     "package_version",
     "pick_size",
     "picture",
+    "plot_curves",
     "plot_histogram",
     "search_box",
     "show",

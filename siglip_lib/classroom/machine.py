@@ -3,15 +3,18 @@
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import TypeVar
 
 import torch
 
 _CALM = 0.2  # the spread of a machine of one's own stays below
+_Stamp = TypeVar("_Stamp")
 
 
 def device_report(device: torch.device | str) -> str:
@@ -50,6 +53,10 @@ class Timing:
         """How far apart the slowest and the fastest call are, as a share of the median."""
         return (self.slowest_ms - self.fastest_ms) / self.median_ms
 
+    def is_level(self, other: "Timing") -> bool:
+        """Whether the two can't be told apart: the ranges of their calls, fastest to slowest, overlap."""
+        return self.fastest_ms <= other.slowest_ms and other.fastest_ms <= self.slowest_ms
+
 
 def measure(
     fn: Callable[[], object],
@@ -71,20 +78,11 @@ def measure(
     Raises:
         ValueError: a graph is asked for on a CPU, or a count is out of range.
     """
-    device = torch.device(device)
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats={repeats} must be at least 1, warmup={warmup} at least 0")
+    device = _checked(device, repeats, warmup, graph)
     if device.type != "cuda":
-        if graph:
-            raise ValueError("graph=True needs a CUDA device")
         return _measure_on_cpu(fn, repeats, warmup)
     with torch.cuda.device(device):
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        fn()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - held
+        peak = _peak_bytes(fn)
         run = _captured(fn, warmup) if graph else fn
         for _ in range(warmup):
             run()
@@ -95,6 +93,58 @@ def measure(
             end.record()
         torch.cuda.synchronize()
     return _timing([start.elapsed_time(end) for start, end in events], peak)
+
+
+def measure_together(
+    fns: Mapping[str, Callable[[], object]],
+    device: torch.device | str,
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    graph: bool = False,
+) -> dict[str, Timing]:
+    """Time several functions in turns, so that a machine that slows down or a neighbour is no one's disadvantage.
+
+    Each function has one turn a round, and the order of the turns changes from round to round. A turn is two calls, of
+    which the second is timed: it finds the caches and the GPU's queue as its own function leaves them, and not as the
+    one before does.
+
+    Args:
+        fns: functions without arguments, by name. What they return is dropped.
+        device: where their work runs.
+        repeats: rounds.
+        warmup: calls of each function before the first round.
+        graph: replay each as a CUDA graph. The graphs share their memory.
+
+    Returns:
+        The timings by name, in the order of ``fns``.
+
+    Raises:
+        ValueError: a graph is asked for on a CPU, a count is out of range, or there is nothing to time.
+    """
+    device = _checked(device, repeats, warmup, graph)
+    if not fns:
+        raise ValueError("fns has no function to time")
+    if device.type != "cuda":
+        for fn in fns.values():
+            for _ in range(warmup):
+                fn()
+        times = _in_turns(fns, repeats, _time_on_cpu)
+        return {name: _timing(times[name], None) for name in fns}
+    with torch.cuda.device(device):
+        peaks = {name: _peak_bytes(fn) for name, fn in fns.items()}
+        if graph:
+            pool = torch.cuda.graph_pool_handle()
+            fns = {name: _captured(fn, warmup, pool) for name, fn in fns.items()}
+        for fn in fns.values():
+            for _ in range(warmup):
+                fn()
+        events = _in_turns(fns, repeats, _events_around)
+        torch.cuda.synchronize()
+    times = {
+        name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()
+    }
+    return {name: _timing(times[name], peaks[name]) for name in fns}
 
 
 def spread_report(timings: Iterable[Timing]) -> str:
@@ -125,23 +175,67 @@ def kernel_times(fn: Callable[[], object], device: torch.device | str) -> dict[s
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def _checked(device: torch.device | str, repeats: int, warmup: int, graph: bool) -> torch.device:
+    device = torch.device(device)
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats={repeats} must be at least 1, warmup={warmup} at least 0")
+    if graph and device.type != "cuda":
+        raise ValueError("graph=True needs a CUDA device")
+    return device
+
+
 def _measure_on_cpu(fn: Callable[[], object], repeats: int, warmup: int) -> Timing:
     for _ in range(warmup):
         fn()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        fn()
-        times.append((time.perf_counter() - start) * 1e3)
-    return _timing(times, None)
+    return _timing([_time_on_cpu(fn) for _ in range(repeats)], None)
+
+
+def _time_on_cpu(fn: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    fn()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _in_turns(
+    fns: Mapping[str, Callable[[], object]], rounds: int, timed: Callable[[Callable], _Stamp]
+) -> dict[str, list[_Stamp]]:
+    """Call each function twice a round, the second time by ``timed``, whose results are returned by name."""
+    order = list(fns)
+    shuffle = random.Random(0).shuffle  # a generator of its own: nobody's seed matters
+    found = {name: [] for name in fns}
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            fns[name]()
+            found[name].append(timed(fns[name]))
+    return found
+
+
+def _events_around(fn: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    fn()
+    end.record()
+    return start, end
+
+
+def _peak_bytes(fn: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fn()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - held
 
 
 def _timing(times: list[float], peak_bytes: int | None) -> Timing:
     return Timing(statistics.median(times), min(times), max(times), peak_bytes)
 
 
-def _captured(fn: Callable[[], object], warmup: int) -> Callable[[], None]:
-    """Record ``fn`` as a CUDA graph and return its replay."""
+def _captured(
+    fn: Callable[[], object], warmup: int, pool: tuple[int, int] | None = None
+) -> Callable[[], None]:
+    """Record ``fn`` as a CUDA graph, in the memory of the graphs of that pool, and return its replay."""
     torch.cuda.empty_cache()  # what one stream has cached another can't use
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -150,6 +244,6 @@ def _captured(fn: Callable[[], object], warmup: int) -> Callable[[], None]:
             fn()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         fn()
     return graph.replay

@@ -18,6 +18,7 @@ from siglip_lib.base.checks import NUMBERS, check_tensor, one_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
     from PIL.Image import Image
 
 PICTURES = ("cat", "coffee", "astronaut")
@@ -100,9 +101,14 @@ def plot_histogram(
 
 
 def show_attention(
-    ax: Axes, image: Image, weights: Tensor, token: int | None = None, title: str = ""
-) -> None:
-    """Draw attention weights over a picture; mark the patch that looks.
+    ax: Axes,
+    image: Image,
+    weights: Tensor,
+    token: int | None = None,
+    title: str = "",
+    **style: object,
+) -> AxesImage:
+    """Draw attention weights over a picture; mark the patch that looks. Return what ``fig.colorbar`` takes.
 
     Args:
         ax: where to draw.
@@ -110,6 +116,8 @@ def show_attention(
         weights: (rows, columns), or (N,) for a square grid on a square picture.
         token: the patch to mark, counted along the rows; none if None.
         title: above the picture.
+        **style: for ``imshow``, such as ``vmin`` and ``vmax``, the same for maps that are compared. Without them the
+            map's least weight is violet and its largest yellow.
 
     Raises:
         ValueError: weights of another shape, flat ones whose grid can't be known, or a token that is no patch.
@@ -129,10 +137,12 @@ def show_attention(
         raise ValueError(f"token={token} must lie in 0 to {grid.numel() - 1}")
     extent = (0, width, height, 0)
     ax.imshow(image.convert("L"), cmap="gray", extent=extent)
-    ax.imshow(grid, cmap="viridis", alpha=0.65, extent=extent, interpolation="nearest")
+    style = {"cmap": "viridis", "alpha": 0.65, "interpolation": "nearest"} | style
+    drawn = ax.imshow(grid, extent=extent, **style)
     if token is not None:
         row, column = divmod(token, columns)
         centre = (column + 0.5) * width / columns, (row + 0.5) * height / rows
         ax.plot(*centre, "s", color=COLOURS[1], markersize=7)
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)
+    return drawn

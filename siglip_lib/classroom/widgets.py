@@ -8,10 +8,11 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 THUMBNAIL = 192  # pixels along the longer side of a picture that was found
 SIDE = 384  # pixels, roughly, of the picture to click on
 MEAN = -1  # the heads' mean, in the place of a head's number
+POOLING_HEAD = "pooling head"
 HINT = "Type what a picture shows."
 # at most four in a row, fewer on a narrow page
 _GRID = (
@@ -64,7 +66,8 @@ def search_box(
     Args:
         model: whose text tower reads the text.
         tokenizer: the model's.
-        vectors: unit vectors (n, width) of the pictures, such as ``embed_pictures`` gives.
+        vectors: unit vectors (n, width) of the pictures, such as ``embed_pictures`` gives; ``*embed_folder(model,
+            folder)`` stands for this argument and the next two.
         pictures: called with a place in ``vectors``, returns its picture, as ``Emoji64.picture`` does.
         titles: n strings to write below the pictures; nothing if None.
         count: pictures to show, at most n.
@@ -124,42 +127,35 @@ def search_box(
 
 
 def attention_viewer(
-    tower: VisionTransformer, pixels: Tensor, *, names: Sequence[str] | None = None
+    source: VisionTransformer | Tensor, pixels: Tensor, *, names: Sequence[str] | None = None
 ) -> VBox:
     """Return a picture to click on, with a map over it of what the clicked patch attends to.
 
-    Above it the reader chooses picture, layer and head. After an error, which is raised too, it says what went wrong in
-    the map's place. Arrow keys move the patch as a click does. The pooling head's one query is no patch of the picture;
-    there a click changes nothing. Colours run from the map's least weight, violet, to its largest, yellow. What prefix
-    tokens get is not shown.
+    Above it the reader chooses picture, layer and head, as far as there is a choice. After an error, which is raised
+    too, it says what went wrong in the map's place. Arrow keys move the patch as a click does. The pooling head's one
+    query is no patch of the picture; there a click changes nothing. Colours run from the map's least weight, violet, to
+    its largest, yellow. What prefix tokens get is not shown.
 
     Args:
-        tower: an image tower with a pooling head (``global_pool="map"``); it is run in evaluation mode and its own
-            dtype, on one picture whenever another picture or layer is chosen, and left as it was.
-        pixels: pictures (B, 3, H, W) that the tower takes; shown as values in [-1, 1].
+        source: an image tower with a pooling head (``global_pool="map"``); it is run in evaluation mode and its own
+            dtype, on one picture whenever another picture or layer is chosen, and left as it was. Or the weights
+            themselves, (B, heads, N, N) or (B, N, N), floats: a row for each patch that looks, N a square number.
+        pixels: pictures (B, 3, H, W) that the tower takes, or that the weights' patches cover: H and W are multiples of
+            the square root of N; shown as values in [-1, 1].
         names: B names to choose pictures by; their numbers if None.
 
     Raises:
-        TypeError, ValueError: as for ``pool_attention``; the number of names is not B.
+        TypeError, ValueError: as for ``pool_attention``; weights that are no floats, of another shape or not finite,
+            or pictures that they don't cover; the number of names is not B.
     """
     from ipywidgets import Dropdown, HBox, Layout, VBox
 
-    tower = check_tower(tower, pixels)
-    check_tensor("pixels", pixels, ("B", 3, "H", "W"))
+    found = _given_maps if isinstance(source, Tensor) else _towers_maps
+    maps = found(source, pixels)
     names = [f"picture {i}" for i in range(len(pixels))] if names is None else list(names)
     if len(names) != len(pixels):
         raise ValueError(f"names has {len(names)} entries; pixels holds {len(pixels)} pictures")
-    rows, columns = grid = tower.patch_embed.dynamic_feat_size(tuple(pixels.shape[2:]))
-    depth, heads = len(tower.blocks), tower.attn_pool.num_heads
-
-    @lru_cache(maxsize=1)  # maps of all layers and pictures could fill the memory
-    def weights(picture: int, layer: int) -> Tensor:
-        """The weights (heads, queries, N) of what patches ask, or the pooling head's query, and patches answer."""
-        some = pixels[picture : picture + 1]
-        with torch.no_grad(), evaluation_mode(tower, some), attention_maps(tower, [layer]) as maps:
-            tower.forward_head(tower.forward_features(some))
-        prefix = 0 if layer == depth else tower.num_prefix_tokens
-        return next(iter(maps.values()))[0, :, prefix:, prefix:].cpu()
+    rows, columns = maps.grid
 
     def show(_: object = None) -> None:
         try:
@@ -171,16 +167,16 @@ def attention_viewer(
             raise
 
     def draw() -> None:
-        pooling, query = layer.value == depth, picker.picked
-        found = weights(picture.value, layer.value)[:, 0 if pooling else query]  # (heads, N)
-        found = found.mean(0) if head.value == MEAN else found[head.value]
-        low, high = found.aminmax()
-        shown = _picture(pixels[picture.value], grid, tower.patch_embed.patch_size)
+        pooling, query = maps.layers[layer.value] == POOLING_HEAD, picker.picked
+        weights = maps.of(picture.value, layer.value)[:, 0 if pooling else query]  # (heads, N)
+        weights = weights.mean(0) if head.value == MEAN else weights[head.value]
+        low, high = weights.aminmax()
+        shown = _picture(pixels[picture.value], maps.grid, maps.patch)
         who = f"The patch in row {query // columns + 1}, column {query % columns + 1}"
         if pooling:
             who = "The pooling head has one query, which no click changes. It"
         with picker.hold_sync():
-            picker.image = _png(_overlay(shown, found.unflatten(0, grid)))
+            picker.image = _png(_overlay(shown, weights.unflatten(0, maps.grid)))
             picker.clickable = not pooling
             picker.caption = f"{who} attends to patches with weights from {low:.3f} (violet) to {high:.3f} (yellow)."
 
@@ -192,13 +188,67 @@ def attention_viewer(
         return menu
 
     picker = _patch_picker()(rows=rows, columns=columns, picked=rows // 2 * columns + columns // 2)
+    blocks = sum(name != POOLING_HEAD for name in maps.layers)
+    heads = [("mean", MEAN), *((f"head {i}", i) for i in range(maps.heads))]
     picture = choice("Picture", [(name, i) for i, name in enumerate(names)], 0)
-    blocks = [(f"block {i}", i) for i in range(depth)]
-    layer = choice("Layer", [*blocks, ("pooling head", depth)], depth - 1)
-    head = choice("Head", [("mean", MEAN), *((f"head {i}", i) for i in range(heads))], MEAN)
+    layer = choice("Layer", [(name, i) for i, name in enumerate(maps.layers)], blocks - 1)
+    head = choice("Head", heads, MEAN)
     picker.observe(show, "picked")
     show()
-    return VBox([HBox([picture, layer, head], layout=Layout(flex_flow="row wrap")), picker])
+    offered = [(picture, len(names)), (layer, len(maps.layers)), (head, maps.heads)]
+    menus = [menu for menu, number in offered if number > 1]
+    return VBox([HBox(menus, layout=Layout(flex_flow="row wrap")), picker])
+
+
+class _Maps(NamedTuple):
+    """What a viewer shows: where the weights (heads, queries, N) of a picture and a layer come from."""
+
+    grid: tuple[int, int]  # N patches
+    patch: tuple[int, int]  # pixels of one
+    layers: list[str]
+    heads: int
+    of: Callable[[int, int], Tensor]
+
+
+def _given_maps(weights: Tensor, pixels: Tensor) -> _Maps:
+    """Weights as they are, of one layer."""
+    shape = check_tensor("weights", weights, ("B", "heads", "N", "N"), ("B", "N", "N"), empty=False)
+    count, _, height, width = check_tensor("pixels", pixels, ("B", 3, "H", "W"), empty=False)
+    side = math.isqrt(shape[-1])
+    if shape[-2] != shape[-1] or side * side != shape[-1]:
+        wanted = "its last two must be equal, and a square number of patches"
+        raise ValueError(f"weights has shape {shape}; {wanted}")
+    if shape[0] != count:
+        raise ValueError(f"weights has maps of {shape[0]} pictures; pixels holds {count}")
+    if height % side or width % side:
+        raise ValueError(
+            f"pictures are {height} x {width} pixels; {side} x {side} patches don't cover them, as each is as large"
+        )
+    finite_tensors("attention_viewer refuses", {"weights": weights})
+    weights = weights.detach().float().cpu()
+    weights = weights if len(shape) == 4 else weights[:, None]  # (B, heads, N, N)
+    patch = height // side, width // side
+    return _Maps((side, side), patch, ["weights"], weights.shape[1], lambda i, _: weights[i])
+
+
+def _towers_maps(tower: VisionTransformer, pixels: Tensor) -> _Maps:
+    """Those of a tower's blocks and of its pooling head."""
+    tower = check_tower(tower, pixels)
+    check_tensor("pixels", pixels, ("B", 3, "H", "W"))
+    depth = len(tower.blocks)
+
+    @lru_cache(maxsize=1)  # maps of all layers and pictures could fill the memory
+    def weights(picture: int, layer: int) -> Tensor:
+        """What patches ask, or the pooling head's query, and patches answer."""
+        some = pixels[picture : picture + 1]
+        with torch.no_grad(), evaluation_mode(tower, some), attention_maps(tower, [layer]) as maps:
+            tower.forward_head(tower.forward_features(some))
+        prefix = 0 if layer == depth else tower.num_prefix_tokens
+        return next(iter(maps.values()))[0, :, prefix:, prefix:].cpu()
+
+    grid = tower.patch_embed.dynamic_feat_size(tuple(pixels.shape[2:]))
+    layers = [*(f"block {i}" for i in range(depth)), POOLING_HEAD]
+    return _Maps(grid, tower.patch_embed.patch_size, layers, tower.attn_pool.num_heads, weights)
 
 
 def _what_went_wrong(error: Exception) -> str:

@@ -67,7 +67,7 @@ def preprocess(
         named = {f"pictures[{i}]": picture for i, picture in enumerate(pictures)}
     named = {name: _path_or_image(name, picture) for name, picture in named.items()}
     resized = [  # one after the other, so that only one is in memory at its full size
-        np.asarray(_upright_rgb(name, picture).resize((width, height), Image.Resampling.BICUBIC))
+        np.asarray(upright_rgb(name, picture).resize((width, height), Image.Resampling.BICUBIC))
         for name, picture in named.items()
     ]
     pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
@@ -122,8 +122,8 @@ def _checked(name: str, image: Image) -> Image:
     return image
 
 
-def _upright_rgb(name: str, picture: str | os.PathLike[str] | Image) -> Image:
-    """Return a new picture in mode RGB, the right way up, on white."""
+def upright_rgb(name: str, picture: str | os.PathLike[str] | Image) -> Image:
+    """Return a new picture in mode RGB, the right way up, on white; ``name`` is what messages call it."""
     from PIL import Image
 
     # opened outside of what is caught: a missing file is no broken one

@@ -10,6 +10,7 @@ from siglip_lib.siglip.folder import (
 from siglip_lib.siglip.loss_block import sigmoid_loss_block
 from siglip_lib.siglip.losses import sigmoid_loss, softmax_loss
 from siglip_lib.siglip.model import SigLIP, SigLIPConfig, embed_pictures, embed_texts
+from siglip_lib.siglip.picture_folder import PictureFolder, embed_folder
 from siglip_lib.siglip.ring_loss import ring_sigmoid_loss
 from siglip_lib.siglip.text import TextTransformer, Tokenizer, train_tokenizer
 
@@ -17,10 +18,12 @@ __all__ = [
     "EMOJI64_SIGLIP",
     "EMOJI64_VECTORS",
     "EMOJI64_WEIGHTS",
+    "PictureFolder",
     "SigLIP",
     "SigLIPConfig",
     "TextTransformer",
     "Tokenizer",
+    "embed_folder",
     "embed_pictures",
     "embed_texts",
     "load_siglip",

@@ -83,6 +83,10 @@ def read_config(path: Path) -> SigLIPConfig:
         raise ValueError(f"{path.name} is no configuration of a model: {error!r}") from error
     if kind != "siglip":
         differences = [f"model_type is {kind!r}, not 'siglip'"]
+        if kind == "siglip2":
+            differences[0] += (
+                " (SigLIP 2's NaFlex, for pictures of any aspect ratio; its others say 'siglip')"
+            )
     elif projection != (width := values["width"]):
         differences.append(
             f"text_config.projection_size is {projection!r}, not the image tower's {width!r}"

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ from siglip_lib.storage.reading import choose_weights, files_of, read_weights
 from siglip_lib.storage.writing import write_tensors
 
 _CONFIG, _WEIGHTS, _PIECES = "config.json", "model.safetensors", "spiece.model"
+_OTHER_TOKENIZER = (
+    "; SigLIP 2 has another tokenizer, which is not here: load its image tower alone, create_siglip_vit(name, "
+    "ckpt_path=...) with the name of a tower of its sizes"
+)
+_File = TypeVar("_File")
 # Our towers, theirs, and the names within.
 _TOWERS = (("image.", "vision_model.", IMAGE_TOWER), ("text.", "text_model.", TEXT_TOWER))
 
@@ -143,13 +149,13 @@ def load_siglip(source: str | Path) -> tuple[SigLIP, Tokenizer]:
         aside = _aside(Path(source).resolve())
         source = aside if aside.is_dir() and not Path(source).exists() else source
     with files_of(str(source), f"{_CONFIG}, {_PIECES} and ") as get:
-        there = {_CONFIG: get(_CONFIG), _PIECES: get(_PIECES), _WEIGHTS: choose_weights(get)}
-        if lost := [name for name, file in there.items() if not file]:
-            raise FileNotFoundError(f"{str(source)!r} holds no {join_names(lost)}")
-    config = read_config(there[_CONFIG])
-    tokenizer = Tokenizer(there[_PIECES], config.context_length)
+        # the weights last: from the hub they are gigabytes, and small files say whether they are of use here
+        config = read_config(_there(get(_CONFIG), _CONFIG, source))
+        pieces = _there(get(_PIECES), _PIECES, source, _OTHER_TOKENIZER)
+        weights = _there(choose_weights(get), _WEIGHTS, source)
+    tokenizer = Tokenizer(pieces, config.context_length)
     check_tokenizer(tokenizer, config)
-    found, where = read_weights(there[_WEIGHTS])
+    found, where = read_weights(weights)
     found = without_wrappers(found, where)
     check_plain(found, where)
     model = _without_memory(config, len(found))
@@ -159,6 +165,12 @@ def load_siglip(source: str | Path) -> tuple[SigLIP, Tokenizer]:
     model.to_empty(device=torch.get_default_device())
     fill(_stored_views(model.state_dict()), found)
     return model, tokenizer
+
+
+def _there(file: _File, name: str, source: str | Path, hint: str = "") -> _File:
+    if not file:
+        raise FileNotFoundError(f"{str(source)!r} holds no {name}{hint}")
+    return file
 
 
 def _without_memory(config: SigLIPConfig, tensors: int) -> SigLIP:

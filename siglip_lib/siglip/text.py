@@ -39,7 +39,8 @@ class Tokenizer:
 
     Raises:
         TypeError: the texts are no list of strings.
-        ValueError: the file is no SentencePiece model, or its piece 1 does not end a text; a text holds half of a
+        ValueError: the file is no SentencePiece model, or its piece 1 does not end a text or its piece 2
+            does not stand for the unknown, as in the tokenizer of SigLIP 2; a text holds half of a
             character (a lone surrogate).
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 4, and its code (big_vision);
@@ -58,6 +59,11 @@ class Tokenizer:
         if self._pieces.eos_id() != EOS:
             raise ValueError(
                 f"path={str(path)!r} ends a text with piece {self._pieces.eos_id()}; SigLIP's is {EOS}"
+            )
+        if self._pieces.unk_id() != UNKNOWN:
+            raise ValueError(
+                f"path={str(path)!r} has piece {self._pieces.unk_id()} for what is unknown; SigLIP's is {UNKNOWN}. "
+                "SigLIP 2's tokenizer, Gemma's, has 3 and fills texts up with another piece"
             )
 
     @property

@@ -55,15 +55,19 @@ def mlp_ratio(hidden: int, width: int) -> float:
     return (hidden + 0.1024) / width
 
 
-# Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 4; SO400M's shape: Alabdulmohsin et al.,
-# Getting ViT in Shape (2023).
+# The towers that Google published, each as google/siglip-... with its sizes. The base tower at 256 pixels also has
+# multilingual weights (-multilingual), and SO400M with patches of 16 has only such (-i18n). Zhai et al., Sigmoid Loss
+# for Language Image Pre-Training (2023), section 4; SO400M's shape: Alabdulmohsin et al., Getting ViT in Shape (2023).
 SIGLIP_CONFIGS = {
     "siglip_base_patch16_224": SigLIPVisionConfig(224, 16, 768, 12, 12, 3072),
+    "siglip_base_patch16_256": SigLIPVisionConfig(256, 16, 768, 12, 12, 3072),
     "siglip_base_patch16_384": SigLIPVisionConfig(384, 16, 768, 12, 12, 3072),
-    "siglip_large_patch16_224": SigLIPVisionConfig(224, 16, 1024, 24, 16, 4096),
+    "siglip_base_patch16_512": SigLIPVisionConfig(512, 16, 768, 12, 12, 3072),
+    "siglip_large_patch16_256": SigLIPVisionConfig(256, 16, 1024, 24, 16, 4096),
     "siglip_large_patch16_384": SigLIPVisionConfig(384, 16, 1024, 24, 16, 4096),
     "siglip_so400m_patch14_224": SigLIPVisionConfig(224, 14, 1152, 27, 16, 4304),
     "siglip_so400m_patch14_384": SigLIPVisionConfig(384, 14, 1152, 27, 16, 4304),
+    "siglip_so400m_patch16_256": SigLIPVisionConfig(256, 16, 1152, 27, 16, 4304),
 }
 
 

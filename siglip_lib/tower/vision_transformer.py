@@ -54,7 +54,7 @@ class VisionTransformer(TimmInterface):
         num_recomputing_layers: blocks, counted from the first, that keep only their input while training and compute
             the rest again in the backward pass.
         pool_act_layer: activation of the pooling head's MLP; ``act_layer`` if None. Weights whose blocks were trained
-            with tanh and whose head with erf, as DeepSeek-VL2's code runs them, need ``nn.GELU`` here.
+            with tanh and whose head with erf, as DeepSeek-VL2's code builds them, need ``nn.GELU`` here.
 
     Shapes: pictures (B, C, H, W) to (B, num_classes); to (B, D) without classes; to (B, prefix + N, D) without pooling.
 

@@ -76,9 +76,10 @@ def init_weights_big_vision(module: nn.Module, name: str = "") -> None:
     """Initialise one module in place as big_vision does; arguments as ``init_weights_vit_timm``.
 
     As ``init_weights_vit_jax``, but q, k and v count as layers of their own, and the learned queries of a pooling head
-    are uniform with variance 2 / (queries + channels).
+    are uniform with variance 2 / (queries + channels). What belongs to no layer, as positions, its model draws.
 
-    Source: big_vision, models/vit.py, whose attention is flax's, with a matrix each for q, k and v.
+    Source: big_vision, models/vit.py, whose attention is flax's, with a matrix each for q, k and v. Where that file
+    names no rule, flax's own holds.
     """
     _as_big_vision_(module, name, head_bias=0.0, parts={"qkv": 3, "kv": 2})
     if isinstance(module, AttentionPoolLatent):

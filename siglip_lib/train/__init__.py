@@ -6,5 +6,23 @@ torch.distributed.
 
 from siglip_lib.train.recipe import TrainConfig
 from siglip_lib.train.training import Diverged, Training
+from siglip_lib.train.variants import (
+    SHORT_SIGLIP,
+    TINY_SIGLIP,
+    Runs,
+    Variant,
+    runs_table,
+    short_runs,
+)
 
-__all__ = ["Diverged", "TrainConfig", "Training"]
+__all__ = [
+    "SHORT_SIGLIP",
+    "TINY_SIGLIP",
+    "Diverged",
+    "Runs",
+    "TrainConfig",
+    "Training",
+    "Variant",
+    "runs_table",
+    "short_runs",
+]

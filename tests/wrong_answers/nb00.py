@@ -19,4 +19,33 @@ WRONG = {
         "weight_bytes = 1e9": "times the right number",
         "weight_bytes = '1 GB'": "must be a number",
     },
+    "00.3": {
+        """
+def gigabytes_per_second(fn, moved):
+    return moved / measure(fn, device).median_ms / 1e9
+""": "a thousandth of a second",
+        """
+def gigabytes_per_second(fn, moved):
+    return moved / measure(fn, device).median_ms
+""": "bytes in a millisecond",
+        """
+def gigabytes_per_second(fn, moved):
+    return 1e3 * moved / measure(fn, device).median_ms
+""": "a GB is 10**9",
+        """
+def gigabytes_per_second(fn, moved):
+    return measure(fn, device).median_ms / 1e3
+""": "that is seconds",
+        """
+def gigabytes_per_second(fn, moved):
+    start = time.perf_counter()
+    fn()
+    return moved / (time.perf_counter() - start) / 1e9
+""": "must not count",
+        """
+def gigabytes_per_second(fn, moved):
+    return 8 * moved / measure(fn, device).median_ms / 1e6
+""": "at most 30 GB/s",
+        "def gigabytes_per_second(fn, moved): return f'{moved} GB/s'": "must return a number",
+    },
 }

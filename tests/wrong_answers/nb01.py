@@ -31,4 +31,41 @@ def count_values(a, b):
 """: "rounded inwards",
         "def count_values(a, b): return 256": "but must be",
     },
+    "01.4": {
+        """
+def trustworthy(sampler):
+    x = sampler(torch.empty(2**22), std=0.02)
+    return bool(stats.kstest(x[:200_000].numpy(), stats.norm(0, 0.02).cdf).pvalue > 1e-3)
+""": "at -100 sigma",
+        """
+def trustworthy(sampler):
+    x = sampler(torch.empty(2**22), std=0.02)
+    return abs(x.std().item() / 0.02 - 1) < 0.02 and x.max().item() < 10 * 0.02
+""": "at -100 sigma",
+        """
+def trustworthy(sampler):
+    x = sampler(torch.empty(2**22), std=0.02)
+    return abs(x.std().item() / 0.02 - 1) < 0.02 and x.min().item() > -10 * 0.02
+""": "at +100 sigma",
+        """
+def trustworthy(sampler):
+    x = sampler(torch.empty(10_000), std=0.02)
+    return abs(x.std().item() / 0.02 - 1) < 0.03 and x.abs().max().item() < 10 * 0.02
+""": "one draw in 2**18",
+        """
+def trustworthy(sampler):
+    return sampler(torch.empty(2**22), std=0.02).abs().max().item() < 10 * 0.02
+""": "5 % too large",
+        """
+def trustworthy(sampler):
+    x = sampler(torch.empty(2**22), std=0.02)
+    return x.std().item() < 0.0202 and x.abs().max().item() < 10 * 0.02
+""": "5 % too small",
+        """
+def trustworthy(sampler):
+    x = sampler(torch.empty(2**22), std=0.02)
+    return x.std().item() == 0.02 and x.abs().max().item() < 10 * 0.02
+""": "refuses a right sampler",
+        "def trustworthy(sampler): return sampler(torch.empty(2**22), std=0.02).std().item()": "True or False",
+    },
 }

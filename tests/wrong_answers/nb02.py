@@ -2,18 +2,19 @@
 
 WRONG = {
     "02.1": {
-        "def kaiming_std(fan_in, a): return math.sqrt(6 / ((1 + a * a) * fan_in))": "that is the bound",
-        "def kaiming_std(fan_in, a): return 2 / ((1 + a * a) * fan_in)": "that is the variance",
-        "def kaiming_std(fan_in, a): return math.sqrt(6 / ((1 + a * a) * fan_in)) / 3": "divided by 3",
-        "def kaiming_std(fan_in, a): return math.sqrt(2 / ((1 + a) * fan_in))": "a enters squared",
-        "def kaiming_std(fan_in, a): return 1 / math.sqrt(3 * fan_in)": "right for a = sqrt(5) only",
-    },
-    "02.2": {
         "def relu_std(fan_in): return 1 / math.sqrt(fan_in)": "without a ReLU",
         "def relu_std(fan_in): return 2 / fan_in": "that is the variance",
         "def relu_std(fan_in): return math.sqrt(1 / (2 * fan_in))": "must double it",
         "def relu_std(fan_in): return 2 / math.sqrt(fan_in)": "the gain is sqrt(2), not 2",
         "def relu_std(fan_in): return 0.02": "multiplies the size by 0.480",
+    },
+    "02.2": {
+        "def gelu_std(fan_in): return math.sqrt(2 / fan_in)": "that is the ReLU's",
+        "def gelu_std(fan_in): return 1 / math.sqrt(fan_in)": "without a GELU",
+        "def gelu_std(fan_in): return 1.46796": "divide it by the root",
+        "def gelu_std(fan_in): return 1.46796 / fan_in": "not by fan_in",
+        "def gelu_std(fan_in): return 1.46796**2 / fan_in": "that is the variance",
+        "def gelu_std(fan_in): return 0.02": "then has size 0.4",
     },
     "02.3": {
         """

@@ -21,6 +21,21 @@ _RIGHT = dict(
 )
 
 
+_KEYS = """
+def keys_seen(std):
+    attention = Attention(288, 4)
+    nn.init.normal_(attention.qkv.weight, std={std})
+    with torch.no_grad():
+        w = attention.attention_map(torch.randn(1, {tokens}, 288))
+    entropy = -torch.special.xlogy(w, w).sum(dim=-1).mean()
+    return {answer}
+"""
+
+
+def _keys(std: str = "std", tokens: str = "729", answer: str = "entropy.exp().item()") -> str:
+    return _KEYS.format(std=std, tokens=tokens, answer=answer)
+
+
 def _chunks(**changed: str) -> str:
     return _CHUNKS.format(**_RIGHT | changed)
 
@@ -35,40 +50,13 @@ WRONG = {
         "def score_std(dim, num_heads, std): return 1.0": "random draws give",
     },
     "03.2": {
-        """
-def pack(state):
-    packed = {}
-    for kind in ("weight", "bias"):
-        packed[f"qkv.{kind}"] = torch.cat([state[f"{p}_proj.{kind}"] for p in "kqv"])
-        packed[f"proj.{kind}"] = state[f"out_proj.{kind}"]
-    return packed
-""": "the order is q, k, v",
-        """
-def pack(state):
-    return {
-        "qkv.weight": torch.cat([state[f"{p}_proj.weight"] for p in "qkv"], dim=1),
-        "qkv.bias": torch.cat([state[f"{p}_proj.bias"] for p in "qkv"]),
-        "proj.weight": state["out_proj.weight"],
-        "proj.bias": state["out_proj.bias"],
-    }
-""": "stack the rows",
-        """
-def pack(state):
-    return {
-        "qkv.weight": torch.cat([state[f"{p}_proj.weight"] for p in "qkv"]),
-        "proj.weight": state["out_proj.weight"],
-    }
-""": "missing: proj.bias, qkv.bias",
-        """
-def pack(state):
-    return {
-        "qkv.weight": torch.cat([state[f"{p}_proj.weight"].T for p in "qkv"]),
-        "qkv.bias": torch.cat([state[f"{p}_proj.bias"] for p in "qkv"]),
-        "proj.weight": state["out_proj.weight"],
-        "proj.bias": state["out_proj.bias"],
-    }
-""": "are transposed",
-        "def pack(state): return state": "missing",
+        _keys(std="0.02"): "changes nothing",
+        _keys(std="std**0.5"): "not their variance",
+        _keys(tokens="256"): "729 tokens",
+        _keys(answer="entropy.item()"): "the entropy H",
+        _keys(answer="(entropy / math.log(2)).exp().item()"): "in bits",
+        _keys(answer="entropy.exp().item() / 4"): "this measurement gives",
+        "def keys_seen(std): return 729 * math.exp(-((288 * std**2) ** 2) / 2)": "what the approximation says",
     },
     "03.3": {
         "def attend_in_chunks(q, k, v, chunk): return (q @ k.T / math.sqrt(q.shape[1])).softmax(-1) @ v": "N x N",

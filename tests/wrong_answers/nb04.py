@@ -2,39 +2,91 @@
 
 WRONG = {
     "04.1": {
-        "def useful(tokens, head_dim, block, width): return head_dim / width": "only the channels",
         """
-def useful(tokens, head_dim, block, width):
-    return tokens / (math.ceil(tokens / block) * block)
-""": "only the keys",
+def in_turns(first, second, clock, rounds):
+    for fn in (first, second): fn()
+    found = []
+    for fn in (first, second):
+        some = []
+        for _ in range(rounds):
+            start = clock(); fn(); some.append(clock() - start)
+        found.append(statistics.median(some))
+    return found[1] / found[0]
+""": "time both in each round",
         """
-def useful(tokens, head_dim, block, width):
-    return (tokens // block * block / tokens) * (head_dim // width * width / head_dim)
-""": "counting multiplications gives",
+def in_turns(first, second, clock, rounds):
+    first(), second()
+    a, b = [], []
+    for _ in range(rounds):
+        start = clock(); first(); middle = clock(); second(); end = clock()
+        a.append(middle - start), b.append(end - middle)
+    return statistics.median(b) / statistics.median(a)
+""": "change places",
         """
-def useful(tokens, head_dim, block, width):
-    return (tokens / (tokens // block * block)) * (head_dim / width)
-""": "round up",
+def in_turns(first, second, clock, rounds):
+    times = {first: [], second: []}
+    for turn in range(rounds):
+        for fn in (first, second)[:: 1 - 2 * (turn % 2)]:
+            start = clock(); fn(); times[fn].append(clock() - start)
+    return statistics.median(times[second]) / statistics.median(times[first])
+""": "before the clock",
         """
-def useful(tokens, head_dim, block, width):
-    return math.ceil(tokens / block) * block / tokens * math.ceil(head_dim / width) * width / head_dim
-""": "computed over useful",
+def in_turns(first, second, clock, rounds):
+    first(), second()
+    times = {first: 0, second: 0}
+    for turn in range(rounds):
+        for fn in (first, second)[:: 1 - 2 * (turn % 2)]:
+            start = clock(); fn(); times[fn] += clock() - start
+    return times[second] / times[first]
+""": "take the median",
         """
-def useful(tokens, head_dim, block, width):
-    return tokens / (math.ceil(tokens / block) * block) * head_dim / width
-""": "round up",
+def in_turns(first, second, clock, rounds):
+    start = clock(); first(); middle = clock(); second()
+    return (middle - start) / (clock() - middle)
+""": "first over that of second",
+        """
+def in_turns(first, second, clock, rounds):
+    start = clock(); first(); middle = clock(); second()
+    return (clock() - middle) / (middle - start)
+""": "20 rounds are to time each",
     },
     "04.2": {
-        "def longest(memory, batch, heads): return math.isqrt(memory // (2 * batch * heads))": "two tensors",
-        "def longest(memory, batch, heads): return math.isqrt(memory // (4 * heads))": "each sample",
-        "def longest(memory, batch, heads): return memory // (4 * batch * heads)": "square root",
-        "def longest(memory, batch, heads): return math.ceil((memory / (4 * batch * heads)) ** 0.5)": "round down",
-        "def longest(memory, batch, heads): return (memory / (4 * batch * heads)) ** 0.5": "is whole",
+        """
+def overtakes(first, second):
+    return min(n for n in first if first[n].slowest_ms < second[n].fastest_ms)
+""": "must be ahead at all from there on",
+        """
+def overtakes(first, second):
+    return max(n for n in first if first[n].slowest_ms < second[n].fastest_ms)
+""": "ahead at a smaller number too",
+        """
+def overtakes(first, second):
+    found = None
+    for n in sorted(first, reverse=True):
+        if not first[n].median_ms < second[n].median_ms:
+            break
+        found = n
+    return found
+""": "within the spread",
+        """
+def overtakes(first, second):
+    found = None
+    for n in reversed(first):
+        if not first[n].slowest_ms < second[n].fastest_ms:
+            break
+        found = n
+    return found
+""": "need not come in order",
+        """
+def overtakes(first, second):
+    return max(n for n in first if first[n].median_ms > second[n].median_ms)
+""": "last number at which it is behind",
     },
     "04.3": {
-        "def whole(share, faster): return faster": "only a tenth",
-        "def whole(share, faster): return 1 - share + share / faster": "its inverse",
-        "def whole(share, faster): return 1 / (1 - share)": "does not vanish",
-        "def whole(share, faster): return 1 + share - share / faster": "divide the old time",
+        "def missed(q, k, v): return attend(q, k, v)": "right wherever we looked",
+        "def missed(q, k, v): return attend(q, k, v, scale=1.0)": "the check notices it",
+        "def missed(q, k, v): return attend(q, k[:, :-1], v[:, :-1])": "the check notices it",
+        "def missed(q, k, v): return attend(q, k, v) + 1e-7": "right wherever we looked",
+        "def missed(q, k, v): return attend(q, k, v) * float('nan')": "the check notices it",
     },
 }

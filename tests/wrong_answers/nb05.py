@@ -2,29 +2,47 @@
 
 WRONG = {
     "05.1": {
-        "def expected_blocks(drop_path_rate, depth): return depth * (1 - drop_path_rate)": "full rate",
-        "def expected_blocks(drop_path_rate, depth): return depth * drop_path_rate / 2": "dropped",
         """
-def expected_blocks(drop_path_rate, depth):
-    return sum(1 - drop_path_rate * block / depth for block in range(depth))
-""": "depth - 1, not by depth",
+def measure_drop(layer):
+    out = layer(torch.ones(2**18, 1))
+    return (out != 0).double().mean().item(), out[out != 0].mean().item()
+""": "is the share kept",
         """
-def expected_blocks(drop_path_rate, depth):
-    return sum(1 - drop_path_rate * block / depth for block in range(1, depth + 1))
-""": "the first is never dropped",
+def measure_drop(layer):
+    out = layer(torch.ones(2**18, 1))
+    return (out == 0).double().mean().item(), out.mean().item()
+""": "over the samples kept, not over all",
         """
-def expected_blocks(drop_path_rate, depth):
-    return sum(1 - drop_path_rate * block / (depth - 1) for block in range(1, depth + 1))
-""": "0 to depth - 1",
-        "def expected_blocks(drop_path_rate, depth): return 1 - drop_path_rate / 2": "average share",
-        "def expected_blocks(drop_path_rate, depth): return 21.6": "it must be 10.8",
+def measure_drop(layer):
+    out = layer(torch.ones(2**18, 1))
+    return out[out != 0].mean().item(), (out == 0).double().mean().item()
+""": "in the other order",
+        """
+def measure_drop(layer):
+    p = (layer(torch.ones(2**18, 1)) == 0).double().mean().item()
+    return p, 1 / (1 - p)
+""": "need not divide",
+        """
+def measure_drop(layer):
+    out = layer(torch.ones(16, 1))
+    return (out == 0).double().mean().item(), out.max().item()
+""": "off by about .5 / sqrt(n)",
+        """
+def measure_drop(layer):
+    out = layer.eval()(torch.ones(2**18, 1))
+    return 0.25, out.max().item()
+""": "set to eval",
+        """
+def measure_drop(layer):
+    return (layer(torch.ones(2**18, 1)) == 0).double().mean()
+""": "return two numbers",
     },
     "05.2": {
         "def drop_path_std(p): return p / (1 - p)": "square root",
-        "def drop_path_std(p): return math.sqrt(p * (1 - p))": "without the division",
+        "def drop_path_std(p): return (p * (1 - p)) ** 0.5": "without the division",
         "def drop_path_std(p): return p * (1 - p)": "does not divide",
-        "def drop_path_std(p): return math.sqrt((1 - p) / p)": "exchanged",
-        "def drop_path_std(p): return math.sqrt(1 / (1 - p))": "square of the mean",
+        "def drop_path_std(p): return ((1 - p) / p) ** 0.5": "exchanged",
+        "def drop_path_std(p): return (1 / (1 - p)) ** 0.5": "square of the mean",
         "def drop_path_std(p): return 0.5": "a million draws",
     },
     "05.3": {

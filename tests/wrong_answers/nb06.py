@@ -1,15 +1,34 @@
 """Wrong answers to notebook 06's exercises, each with a piece of what the check must say."""
 
+_KEPT = """
+def kept(module, x):
+    learnt = {{p.untyped_storage().data_ptr() for p in module.parameters()}}
+    found = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+        output = module(x)
+    others = [t for t in found if t.untyped_storage().data_ptr() not in learnt]
+    once = {{t.untyped_storage().data_ptr(): t for t in {count}}}
+    return {answer}
+"""
+
+
+def _kept(
+    count: str = "others", answer: str = "sum(t.untyped_storage().nbytes() for t in once.values())"
+) -> str:
+    return _KEPT.format(count=count, answer=answer)
+
+
 WRONG = {
     "06.1": {
-        "tower = 588 * 1152 + 1152 + 729 * 1152 + 27 * 15_239_504": "final LayerNorm is missing",
-        "tower = 588 * 1152 + 729 * 1152 + 27 * 15_239_504 + 2 * 1152": "has a bias too",
-        "tower = 588 * 1152 + 1152 + 27 * 15_239_504 + 2 * 1152": "729 positions",
-        "tower = 196 * 1152 + 1152 + 729 * 1152 + 27 * 15_239_504 + 2 * 1152": "three colours",
-        "tower = 729 * 1152 + 27 * 15_239_504 + 2 * 1152": "the patch embedding is missing",
-        "tower = 428_225_600": "with its pooling head",
-        "tower = 27 * 15_239_504": "too few",
-        "tower = '412 million'": "must be a number",
+        _kept(count="found"): "parameters are counted",
+        _kept(answer="sum(t.untyped_storage().nbytes() // 4 for t in once.values())"): "4 bytes",
+        _kept(answer="sum(t.untyped_storage().nbytes() for t in others)"): "counted twice",
+        _kept(answer="sum(t.nbytes for t in others)"): "counted",
+        _kept(answer="sum(t.nbytes for t in once.values())"): "a view is",
+        _kept(answer="0"): "the input is kept too",
+        _kept(answer="output.nbytes"): "what the outputs take",
+        _kept(answer="str(output.nbytes)"): "must be a number",
+        _kept(answer="1"): "are kept",
     },
     "06.2": {
         "def parallel(block, x): return block(x)": "ordinary block",

@@ -101,4 +101,33 @@ def enlarge(weight, q):
     return weight
 """: "the result must be",
     },
+    "07.4": {
+        """
+def times_as_long(slow, fast):
+    slow, fast = (measure(call, device, repeats=1, warmup=0).median_ms for call in (slow, fast))
+    return slow / fast
+""": "the first call takes longer",
+        """
+def times_as_long(slow, fast):
+    slow, fast = (measure(call, device, repeats=20).median_ms for call in (slow, fast))
+    return fast / slow
+""": "divide the other way",
+        """
+def times_as_long(slow, fast):
+    import time
+    means = []
+    for call in (slow, fast):
+        start = time.perf_counter()
+        for _ in range(20):
+            call()
+        means.append(time.perf_counter() - start)
+    return means[0] / means[1]
+""": "take the median",
+        """
+def times_as_long(slow, fast):
+    slow, fast = (measure(call, device, repeats=20).median_ms for call in (slow, fast))
+    return slow - fast
+""": "the ratio is 0.5",
+        "def times_as_long(slow, fast): return slow() or fast() or 'a'": "must return a number",
+    },
 }

@@ -8,6 +8,13 @@ def parameters(width, layers, hidden, patch, tokens):
     return {}
 """
 _WHOLE = "3 * patch * patch * width + width + tokens * width + layers * block + 2 * width + head"
+_SHARE = """
+def share_right(model, tokenizer, vectors, names, wanted, prompt):
+    texts = embed_texts(model, tokenizer, {})
+    best = (vectors @ texts.T).argmax(dim=1)
+    return {}
+"""
+_PROMPTED = "[prompt.format(name) for name in names]"
 
 WRONG = {
     "08.1": {
@@ -74,5 +81,13 @@ def second_to_last(tower, x):
     tower.blocks = tower.blocks[:-1]
     return tower.forward_features(x)
 """: "changed the tower",
+    },
+    "08.4": {
+        _SHARE.format(_PROMPTED, "(best == wanted).sum().item()"): "divide by the number",
+        _SHARE.format(_PROMPTED, "100 * (best == wanted).double().mean()"): "in per cent",
+        _SHARE.format(_PROMPTED, "(best != wanted).double().mean().item()"): "of wrong ones",
+        _SHARE.format("names", "(best == wanted).double().mean().item()"): "stand in the prompt",
+        _SHARE.format(_PROMPTED, "(best == 0).double().mean().item()"): "is right",
+        _SHARE.format(_PROMPTED, "best"): "must return a number",
     },
 }

@@ -1,9 +1,11 @@
 """Checks of notebook 00, check your machine."""
 
+import itertools
 import operator
+import time
 
-from siglip_lib.classroom.exercises import exercise
-from siglip_lib.classroom.exercises.helpers import first_match, is_number
+from siglip_lib.classroom.exercises import answered, exercise
+from siglip_lib.classroom.exercises.helpers import first_match, is_number, near
 
 
 @exercise("00.1")
@@ -50,4 +52,31 @@ def weight_bytes(answer) -> str | None:
         return reason
     if answer != right:
         return f"{answer:,} bytes is {answer / right:.3g} times the right number"
+    return None
+
+
+@exercise("00.3")
+def gigabytes_per_second(answer) -> str | None:
+    naps = itertools.chain(
+        [0.4], itertools.repeat(0.01)
+    )  # the first call is slow, as one that compiles
+    found = answered(answer(lambda: time.sleep(next(naps)), 3 * 10**8))
+    if not is_number(found):
+        return f"gigabytes_per_second returns {found!r}; it must return a number"
+    right = 30.0  # 3 * 10**8 bytes in 10 ms, and each nap lasts a little longer than that
+    mistakes = {
+        "a millisecond is a thousandth of a second: moved / milliseconds / 1e6": right / 1e3,
+        "that is bytes in a second; a GB is 10**9 bytes": right * 1e9,
+        "that is bytes in a millisecond": right * 1e6,
+        "that is seconds; divide the bytes by the time": 0.01,
+    }
+    if reason := first_match(found, mistakes, near(0.4)):
+        return reason
+    if found < right / 2:
+        return (
+            f"{found:.3g} GB/s where a call takes 10 ms for 3 * 10**8 bytes: 30 GB/s, but for the first"
+            " call, which takes longer and must not count"
+        )
+    if found > 1.2 * right:
+        return f"{found:.3g} GB/s where a call takes 10 ms for 3 * 10**8 bytes: that is at most 30 GB/s"
     return None

@@ -1,8 +1,10 @@
 """Checks of notebook 01, truncated-normal sampling."""
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from siglip_lib.classroom.exercises import answered, exercise
 from siglip_lib.classroom.exercises.helpers import first_match, near
@@ -57,6 +59,39 @@ def count_values(answer) -> str | None:
         if found != right:
             return f"count_values({a}, {b}) is {found}, but must be {right}: are both bounds rounded inwards?"
     return None
+
+
+@exercise("01.4")
+def trustworthy(answer) -> str | None:
+    answered(answer(_sampler()))
+    # by reason the samplers that must pass, or must not
+    cases = {
+        "refuses a right sampler": (_sampler(), True),
+        "trusts a sampler whose standard deviation is 5 % too large": (_sampler(width=1.05), False),
+        "trusts a sampler whose standard deviation is 5 % too small": (_sampler(width=0.95), False),
+        "trusts a sampler with one draw in 2**18 at -100 sigma": (_sampler(outlier=-2.0), False),
+        "trusts a sampler with one draw in 2**18 at +100 sigma": (_sampler(outlier=2.0), False),
+    }
+    for reason, (sampler, right) in cases.items():
+        found = answer(sampler)
+        if not isinstance(found, bool):
+            return f"trustworthy returns {found!r}; it must return True or False"
+        if found != right:
+            return f"your test {reason}"
+    return None
+
+
+def _sampler(width: float = 1.0, outlier: float | None = None) -> Callable[..., Tensor]:
+    """A sampler in place, whose standard deviation or one draw in 2**18 is wrong; the same draws in each check."""
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+        drawn = torch.empty(tensor.shape).normal_(mean, width * std, generator=generator)
+        if outlier is not None:
+            drawn[torch.rand(tensor.shape, generator=generator) < 2.0**-18] = outlier
+        return tensor.copy_(drawn)
+
+    return sample
 
 
 def _bfloat16_between(a: float, b: float) -> torch.Tensor:

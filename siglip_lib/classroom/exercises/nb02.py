@@ -2,35 +2,18 @@
 
 import math
 
+import torch
+from torch.nn.functional import gelu
+
 from siglip_lib.classroom.exercises import answered, exercise
 from siglip_lib.classroom.exercises.helpers import first_match, near
 
 _close = near(1e-3)
+# the gain at which the mean of gelu(gain * z) ** 2 is 1 for a standard normal z, by quadrature
+GELU_GAIN = 1.46796
 
 
 @exercise("02.1")
-def kaiming_std(answer) -> str | None:
-    for fan_in, a in ((1152, math.sqrt(5)), (4304, math.sqrt(5)), (1152, 0.0), (96, 2.0)):
-        found = answered(answer(fan_in, a))
-        right = math.sqrt(2 / ((1 + a * a) * fan_in))
-        bound = right * math.sqrt(3)
-        if _close(found, right):
-            continue
-        call = f"kaiming_std({fan_in}, {a:.3f}) is {found:.5f}, not {right:.5f}"
-        mistakes = {
-            "that is the bound; a uniform draw's standard deviation is the bound / sqrt(3)": bound,
-            "that is the variance; the standard deviation is its square root": right**2,
-            "the bound was divided by 3; divide it by sqrt(3)": bound / 3,
-            "a enters squared": math.sqrt(2 / ((1 + a) * fan_in)),
-            "right for a = sqrt(5) only; a must enter": (3 * fan_in) ** -0.5,
-        }
-        if reason := first_match(found, mistakes, _close):
-            return f"{call}: {reason}"
-        return call
-    return None
-
-
-@exercise("02.2")
 def relu_std(answer) -> str | None:
     for fan_in in (1152, 4304, 96):
         found = answered(answer(fan_in))
@@ -49,6 +32,30 @@ def relu_std(answer) -> str | None:
         factor = found * math.sqrt(fan_in / 2)
         each = "each layer with its ReLU then multiplies the size by"
         return f"{call}: {each} {factor:.3f}, not by 1"
+    return None
+
+
+@exercise("02.2")
+def gelu_std(answer) -> str | None:
+    for fan_in in (1152, 96):
+        found = answered(answer(fan_in))
+        root = math.sqrt(fan_in)
+        if near(1e-2)(found, GELU_GAIN / root):
+            continue
+        call = f"gelu_std({fan_in}) is {found:.5f}"
+        mistakes = {
+            "that is the gain; divide it by the root of fan_in": GELU_GAIN,
+            "divide the gain by the root of fan_in, not by fan_in": GELU_GAIN / fan_in,
+            "that is the ReLU's; measure what the GELU leaves": math.sqrt(2) / root,
+            "that keeps the size without a GELU": 1 / root,
+            "that is the variance; the standard deviation is its square root": (GELU_GAIN / root)
+            ** 2,
+        }
+        if reason := first_match(found, mistakes, _close):
+            return f"{call}: {reason}"
+        z = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+        after = gelu(found * root * z, approximate="tanh").square().mean().sqrt().item()
+        return f"{call}: a signal of size 1 then has size {after:.3f} after the GELU, not 1"
     return None
 
 

@@ -29,35 +29,41 @@ def score_std(answer) -> str | None:
 
 
 @exercise("03.2")
-def pack(answer) -> str | None:
-    dim, generator = 8, torch.Generator().manual_seed(0)
-    state = {}
-    for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        state[f"{part}.weight"] = torch.randn(dim, dim, generator=generator)
-        state[f"{part}.bias"] = torch.randn(dim, generator=generator)
-    packed = answered(answer(dict(state)))
-    expected = Attention(dim, 2, qkv_bias=True).state_dict()
-    if not isinstance(packed, dict):
-        return f"pack must return a dict, not {type(packed).__name__}"
-    if missing := sorted(expected.keys() - packed.keys()):
-        return f"missing: {', '.join(missing)}"
-    if extra := sorted(packed.keys() - expected.keys()):
-        return f"Attention has no {', '.join(extra)}"
-    for name, value in expected.items():
-        if packed[name].shape != value.shape:
-            found, right = tuple(packed[name].shape), tuple(value.shape)
-            return f"{name} has shape {found}, not {right}: a Linear's weight is (outputs, inputs), so stack the rows"
-    for kind in ("weight", "bias"):
-        for part, rows in zip("qkv", packed[f"qkv.{kind}"].split(dim), strict=True):
-            right = state[f"{part}_proj.{kind}"]
-            if torch.equal(rows, right):
-                continue
-            if kind == "weight" and torch.equal(rows, right.T):
-                return f"the {part} rows of qkv.weight are transposed; both Linears store (outputs, inputs)"
-            return f"the {part} part of qkv.{kind} holds something else; the order is q, k, v"
-        if not torch.equal(packed[f"proj.{kind}"], state[f"out_proj.{kind}"]):
-            return f"proj.{kind} is not out_proj.{kind}"
-    return None
+def keys_seen(answer) -> str | None:
+    stds = (0.02, 0.06, 0.1)
+    found, right = [float(answered(answer(std))) for std in stds], [*map(_keys_seen, stds)]
+    close = near(0.1)
+    if max(found) - min(found) < 1:
+        return f"the answer is about {found[0]:.3g} for .02 and for .1: `std` changes nothing in it"
+    wrong = {
+        "that is the entropy H; the number of keys is e ** H": [math.log(keys) for keys in right],
+        "in bits the number of keys is 2 ** H, in natural logarithms e ** H": [
+            math.exp(math.log(keys) / math.log(2)) for keys in right
+        ],
+        "std is the standard deviation of the elements, not their variance": [
+            _keys_seen(std**0.5) for std in stds
+        ],
+        "that is what the approximation says; draw the matrix and look at the maps": [
+            729 * math.exp(-((288 * std**2) ** 2) / 2) for std in stds
+        ],
+        "a picture has 729 tokens": [_keys_seen(std, tokens=256) for std in stds],
+    }
+    if all(map(close, found, right)):
+        return None
+    if reason := first_match(found, wrong, lambda a, b: all(map(close, a, b))):
+        return reason
+    std, is_, wanted = next(x for x in zip(stds, found, right, strict=True) if not close(*x[1:]))
+    return f"keys_seen({std}) is {is_:.3g}; this measurement gives {wanted:.3g}"
+
+
+def _keys_seen(std: float, tokens: int = 729) -> float:
+    """Return e to the mean entropy of the maps, parameters and tokens being random."""
+    generator = torch.Generator().manual_seed(0)
+    attention = Attention(288, 4)
+    torch.nn.init.normal_(attention.qkv.weight, std=std, generator=generator)
+    with torch.no_grad():
+        maps = attention.attention_map(torch.randn(1, tokens, 288, generator=generator))
+    return torch.special.entr(maps).sum(-1).mean().exp().item()
 
 
 @exercise("03.3")

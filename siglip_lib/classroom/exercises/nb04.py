@@ -1,79 +1,161 @@
 """Checks of notebook 04, timing attention."""
 
 import math
-import operator
+from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
+from siglip_lib.backends import attend
 from siglip_lib.classroom.exercises import answered, exercise
 from siglip_lib.classroom.exercises.helpers import first_match, near
+from siglip_lib.classroom.machine import Timing
+
+
+class _Machine:
+    """A clock that only calls of its two functions move, and a record of who looked at it and who was called."""
+
+    def __init__(self, seconds_of: Callable[[str, int, int], float]) -> None:
+        self.seconds_of, self.now, self.record = seconds_of, 0.0, []
+
+    def clock(self) -> float:
+        self.record.append("clock")
+        return self.now
+
+    def first(self) -> None:
+        self._run("first")
+
+    def second(self) -> None:
+        self._run("second")
+
+    def _run(self, name: str) -> None:
+        calls = [entry for entry in self.record if entry != "clock"]
+        self.now += self.seconds_of(name, len(calls), calls.count(name))
+        self.record.append(name)
+
+    def ratio(self, answer: Callable, rounds: int) -> float:
+        return answer(self.first, self.second, self.clock, rounds)
+
+    def timed(self) -> list[str]:
+        """The calls right between two looks at the clock."""
+        triples = zip(self.record, self.record[1:], self.record[2:], strict=False)
+        return [b for a, b, c in triples if a == c == "clock" != b]
+
+
+def _twice(name: str, calls: int, own_calls: int) -> float:
+    return {"first": 2.0, "second": 4.0}[name]
 
 
 @exercise("04.1")
-def useful(answer) -> str | None:
-    found = answered(answer(729, 72, 64, 96))
-    keys, channels = 729 / 768, 72 / 96
-    both = keys * channels
+def in_turns(answer) -> str | None:
+    rounds = 20
+    machine = _Machine(_twice)
+    found = answered(machine.ratio(answer, rounds))
     mistakes = {
-        "only the keys are padded there; 72 channels are padded to 96 too": keys,
-        "only the channels are padded there; 729 keys fill 12 blocks of 64 too": channels,
-        "that is computed over useful; the useful share is at most 1": 1 / both,
-        "that is the wasted share; the rest is useful": 1 - both,
-        "a part of a block costs a whole block, so round up": 729 / 704 * channels,
-        "the shares of keys and channels multiply; that is their mean": (keys + channels) / 2,
-        "queries are not padded here, only keys and channels are": keys * both,
+        "that is the time of first over that of second": 0.5,
+        "that is the difference in seconds; divide": 2.0 if found != 2.0 else math.nan,
     }
-    if reason := first_match(found, mistakes, near(1e-6)):
-        return reason
-    for case in ((729, 72, 64, 96), (729, 72, 32, 16), (256, 64, 64, 64), (100, 80, 128, 128)):
-        tokens, head_dim, block, width = case
-        right = tokens / (-(-tokens // block) * block) * head_dim / (-(-head_dim // width) * width)
-        found = answer(*case)
-        if found > 1 + 1e-9:
-            return f"useful{case} is {found:.4f}, more than 1: a part of a block costs a whole block, so round up"
-        if not math.isclose(found, right, rel_tol=1e-6):
-            return f"useful{case} is {found:.4f}; counting multiplications gives {right:.4f}"
+    if not math.isclose(found, 2.0):
+        return first_match(found, mistakes, near(1e-6)) or (
+            f"second takes twice as long as first, and the answer is {found:.3f}"
+        )
+    timed = machine.timed()
+    if len(timed) != 2 * rounds or timed.count("first") != rounds:
+        counts = " and ".join(str(timed.count(name)) for name in ("first", "second"))
+        return f"{rounds} rounds are to time each function {rounds} times, not {counts} times"
+    pairs = {tuple(timed[i : i + 2]) for i in range(0, len(timed), 2)}
+    if pairs & {("first", "first"), ("second", "second")}:
+        return "a machine that grows slower makes second look slow: time both in each round"
+    if len(pairs) < 2:
+        return "the same one is always first; let them change places from round to round"
+    compiles = _Machine(
+        lambda name, calls, own: 2.0 if own else {"first": 100.0, "second": 900.0}[name]
+    )
+    if not math.isclose(found := compiles.ratio(answer, 1), 1):
+        return f"first calls compile; call each once before the clock (one round gives {found:.0f} instead of 1)"
+    disturbed = _Machine(lambda name, calls, own: 500.0 if name == "first" and own == 7 else 2.0)
+    if not math.isclose(found := disturbed.ratio(answer, rounds), 1):
+        return f"one call of 20 was disturbed and makes the ratio {found:.2f} instead of 1: take the median"
     return None
 
 
-@exercise("04.2")
-def longest(answer) -> str | None:
-    right = math.isqrt(10**9 // (4 * 8 * 16))
-    found = answered(answer(10**9, 8, 16))
-    # by reason what the memory was divided by, then the number of tokens
-    divisors = {
-        "there are two tensors, P and its gradient, of 2 bytes a number": 2 * 8 * 16,
-        "a bfloat16 number takes 2 bytes, and there are two tensors": 8 * 16,
-        "each sample of the batch has its own P": 4 * 16,
-        "each head has its own P": 4 * 8,
-        "a bfloat16 number takes 2 bytes, not 4": 8 * 8 * 16,
+def _timings(middles: dict[int, float], spread: float = 0.1) -> dict[int, Timing]:
+    return {
+        n: Timing(ms, ms * (1 - spread / 2), ms * (1 + spread / 2), None)
+        for n, ms in middles.items()
     }
-    mistakes = {reason: math.isqrt(10**9 // divisor) for reason, divisor in divisors.items()}
-    mistakes["P has N * N numbers a head; take the square root"] = 10**9 // (4 * 8 * 16)
-    mistakes["that does not fit any more; round down"] = right + 1
-    if found != right and (reason := first_match(math.floor(found), mistakes, operator.eq)):
+
+
+@exercise("04.2")
+def overtakes(answer) -> str | None:
+    second = _timings({256: 1.0, 512: 2.0, 729: 3.0, 1024: 4.0, 2048: 8.0})
+
+    def of(**changed: float) -> dict[int, Timing]:
+        middles = {256: 2.0, 512: 1.0, 729: 5.0, 1024: 2.0, 2048: 4.0}
+        return _timings(middles | {int(n[1:]): ms for n, ms in changed.items()})
+
+    answered(answer(of(), dict(second)))
+    mistakes = {
+        "it is ahead there, but behind at a larger number: it must be ahead at all from there on": 512,
+        "it is ahead at a smaller number too, and all from there on": 2048,
+        "that is the last number at which it is behind": 729,
+    }
+    found = answer(of(), dict(second))
+    if found != 1024 and (reason := first_match(found, mistakes, lambda a, b: a == b)):
         return reason
-    for memory, batch, heads in ((10**9, 8, 16), (4 * 729**2 * 64 * 16, 64, 16), (10**12, 1, 1)):
-        found, right = answer(memory, batch, heads), math.isqrt(memory // (4 * batch * heads))
-        if found != right:
-            whole = "" if found == int(found) else ", and a number of tokens is whole"
-            return f"longest({memory}, {batch}, {heads}) is {found}; {right} tokens are the most that fit{whole}"
+    tests = [
+        (of(), 1024, "the ahead ones are 512, 1024 and 2048"),
+        (dict(reversed(of().items())), 1024, "the numbers need not come in order"),
+        (of(n1024=3.9), 2048, "at 1024 the difference is within the spread"),
+        (of(n729=1.0), 512, "it is behind at 256 alone"),
+        (of(n256=0.5, n729=1.0), 256, "it is ahead at all"),
+        (of(n2048=9.0), None, "it is behind at the largest number"),
+    ]
+    for first, right, words in tests:
+        if (found := answer(first, dict(second))) != right:
+            return f"the answer is {found}, not {right}: {words}"
     return None
 
 
 @exercise("04.3")
-def whole(answer) -> str | None:
-    found = answered(answer(0.1, 2.0))
-    mistakes = {
-        "only a tenth of the time becomes shorter, the rest stays": 2.0,
-        "that is the new time; how many times faster is its inverse": 0.95,
-        "that adds the saved time to 1; divide the old time by the new one": 1.05,
-        "the part does not vanish; it still takes share / faster": 1 / 0.9,
-        "share times faster is no speed; add up the new time first": 0.2,
-        "the part takes share / faster, not share * faster": 1 / 1.1,
-    }
-    if reason := first_match(found, mistakes, near(1e-6)):
-        return reason
-    for share, faster in ((0.1, 2.0), (0.5, 4.0), (1.0, 3.0), (0.0, 7.0)):
-        found, right = answer(share, faster), 1 / (1 - share + share / faster)
-        if not math.isclose(found, right, rel_tol=1e-6):
-            return f"whole({share}, {faster}) is {found:.4f}; the old time over the new one is {right:.4f}"
-    return None
+def missed(answer) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(batch: int, tokens: int, head_dim: int, scale: float = 1.0) -> list[Tensor]:
+        x = torch.randn(3, batch, tokens, 2, head_dim, generator=generator)
+        return list(x * torch.tensor([scale, scale, 1.0]).view(3, 1, 1, 1, 1))
+
+    inputs = draw(4, 256, 72)
+    answered(answer(*inputs))
+    ends = torch.tensor([0, -1])
+    if not (off := _error(answer, inputs, ends)) <= 1e-5:
+        return f"the check notices it: the error is {off:.1e} on the first or the last sample"
+    elsewhere = [inputs, *(draw(2, n, 72) for n in (1, 2, 63, 64, 100, 257, 729)), draw(1, 256, 72)]
+    elsewhere += [
+        draw(2, 256, 72, 6.0),
+        draw(2, 256, 72, 30.0),
+        *(draw(2, 256, d) for d in (64, 80, 128)),
+    ]
+    if any(not _error(answer, some) <= 0.05 for some in elsewhere):
+        return None
+    return (
+        "it is right wherever we looked: all samples, 1 to 729 tokens, head_dim 64 to 128, scores up to 900 times as "
+        "large; break it in one of these"
+    )
+
+
+def _error(fn: Callable[..., Tensor], inputs: list[Tensor], samples: object = slice(None)) -> float:
+    """The worst of output and gradients, each relative to its largest value, on some samples."""
+    results = []
+    for run, dtype in ((fn, torch.float32), (attend, torch.float64)):
+        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in inputs)
+        out = run(q, k, v)
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v), allow_unused=True)
+        grads = [
+            torch.zeros_like(x) if g is None else g for g, x in zip(grads, (q, k, v), strict=True)
+        ]
+        results.append([x.detach()[samples].double() for x in (out, *grads)])
+    pairs = zip(*results, strict=True)
+    # for one key the gradients of q and k are 0
+    errors = [((a - b).abs().max() / b.abs().max().clamp(min=1e-2)).item() for a, b in pairs]
+    return max(errors, key=lambda off: math.inf if math.isnan(off) else off)

@@ -6,27 +6,62 @@ import torch
 from torch import nn
 
 from siglip_lib.classroom.exercises import answered, exercise
-from siglip_lib.classroom.exercises.helpers import first_match, near, was_changed
+from siglip_lib.classroom.exercises.helpers import (
+    first_match,
+    is_number,
+    is_pair,
+    near,
+    was_changed,
+)
+
+
+class _Unknown(nn.Module):
+    """A DropPath whose settings can't be read."""
+
+    def __init__(self, p: float, factor: float) -> None:
+        super().__init__()
+        self._run = lambda x: torch.where(_kept(x, p), factor * x, 0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._run(x) if self.training else x
+
+
+def _kept(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Draw which samples of x (B, ...) are kept: (B, 1, ...) bool."""
+    return torch.rand(x.shape[:1], device=x.device).view(-1, *(1,) * (x.ndim - 1)) >= p
 
 
 @exercise("05.1")
-def expected_blocks(answer) -> str | None:
-    found = float(answered(answer(0.4, 27)))
-    mistakes = {
-        "that drops every block at the full rate; block l has its own, from 0 up": 27 * 0.6,
-        "that is how many are dropped, not how many are kept": 27 * 0.2,
-        "the last block must reach the full rate: divide l by depth - 1, not by depth": 27
-        - 0.4 * 13,
-        "count blocks from 0: the first is never dropped": 27 - 0.4 * 14,
-        "count blocks from 0 to depth - 1": 27 - 0.4 * 378 / 26,
-        "that is the average share; multiply by the number of blocks, or add them up": 0.8,
-    }
-    if reason := first_match(found, mistakes, near(1e-4)):
-        return reason
-    for rate, depth, right in ((0.4, 27, 21.6), (0.2, 12, 10.8), (0.9, 2, 1.1), (0.0, 5, 5.0)):
-        if not math.isclose(float(answer(rate, depth)), right, rel_tol=1e-4):
-            return f"expected_blocks({rate}, {depth}) is {float(answer(rate, depth)):.3f}; it must be {right}"
+def measure_drop(answer) -> str | None:
+    for p, factor in ((0.25, 1 / 0.75), (0.6, 1.0), (0.1, 1.0), (0.4, 2.0)):
+        torch.manual_seed(0)
+        layer = _Unknown(p, factor).train()
+        found = answered(answer(layer))
+        if not (is_pair(found) and all(map(is_number, found))):
+            return "return two numbers: the share dropped and the factor"
+        if not layer.training:
+            return "the layer was set to eval, where it drops nothing"
+        share, scale = found
+        call = f"a layer that drops {p} and multiplies by {factor:.3f} was measured as {share:.3f} and {scale:.3f}"
+        mistakes = {
+            "the first number is the share kept, not the share dropped": (1 - p, factor),
+            "take the mean over the samples kept, not over all": (p, (1 - p) * factor),
+            "the two numbers are in the other order": (factor, p),
+            "the factor does not follow from the share: a layer need not divide": (p, 1 / (1 - p)),
+        }
+        if _within((share, scale), (p, factor), 0.01):
+            continue
+        for reason, wrong in mistakes.items():
+            if _within((share, scale), wrong, 0.01):
+                return f"{call}: {reason}"
+        return (
+            f"{call}: both must be right to .01; a share of n samples is off by about .5 / sqrt(n)"
+        )
     return None
+
+
+def _within(found: tuple[float, float], wanted: tuple[float, float], off: float) -> bool:
+    return all(abs(x - y) <= off for x, y in zip(found, wanted, strict=True))
 
 
 @exercise("05.2")

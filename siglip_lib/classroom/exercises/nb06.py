@@ -3,6 +3,7 @@
 import operator
 
 import torch
+from torch import nn
 
 from siglip_lib.classroom.exercises import answered, exercise
 from siglip_lib.classroom.exercises.helpers import (
@@ -16,27 +17,57 @@ from siglip_lib.tower.block import Block
 
 
 @exercise("06.1")
-def tower(answer) -> str | None:
-    if not is_number(answer):
-        return f"tower is {answer!r}; it must be a number"
-    width, block = 1152, 15_239_504
-    patches, positions = 3 * 14 * 14 * width + width, 729 * width
-    right = patches + positions + 27 * block + 2 * width
-    too_few = {
-        "one bias or one half of the norm is missing: a LayerNorm has a weight and a bias, "
-        "the patch embedding has a bias too": width,
-        "the final LayerNorm is missing: a weight and a bias for each channel": 2 * width,
-        "the vectors of the 729 positions are missing": positions,
-        "the patch embedding is missing": patches,
-        "a patch has three colours: 3 * 14 * 14 values for each channel": 2 * 14 * 14 * width,
-        "there are 27 blocks, not one": 26 * block,
-        "that is the tower with its pooling head": -15_238_352,
-    }
-    if reason := first_match(right - answer, too_few, operator.eq):
-        return reason
-    if answer != right:
-        return f"{answer:,} is {abs(answer - right):,} too {'many' if answer > right else 'few'}"
+def kept(answer) -> str | None:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        line, chain = nn.Linear(8, 16), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        modules = {
+            "nn.Linear(8, 16)": line,
+            "a Linear, a ReLU and a Linear": chain,
+            "a block": Block(8, 2),
+        }
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    for name, module in modules.items():
+        with torch.enable_grad():
+            right, mistakes = _kept(module, x)
+            found = answered(answer(module, x))
+        if not is_number(found):
+            return f"kept returns {found!r}; it must be a number of bytes"
+        if found == right:
+            continue
+        if reason := first_match(found, mistakes, operator.eq):
+            return f"{reason} ({name})"
+        return f"for {name} it is {found:,} bytes; {right:,} are kept"
     return None
+
+
+def _kept(module: nn.Module, x: torch.Tensor) -> tuple[int, dict[str, int]]:
+    """Return the bytes that ``module(x)`` keeps, and by reason what a mistake counts."""
+    tensors = []
+    with torch.autograd.graph.saved_tensors_hooks(tensors.append, lambda index: index):
+        module(x)
+    learnt = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def once(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list({tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values())
+
+    def total(tensors: list[torch.Tensor]) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    others = [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in learnt]
+    of_input = [t for t in others if t.untyped_storage().data_ptr() != x.data_ptr()]
+    right = total(once(others))
+    return right, {
+        "the parameters are counted too": total(once(tensors)),
+        "elements are counted; a float32 has 4 bytes": right // 4,
+        "a storage that two operations keep is counted twice": total(others),
+        "a view is counted by its own elements; count the bytes of its storage": (
+            sum(tensor.nbytes for tensor in others),
+            sum(tensor.nbytes for tensor in once(others)),
+        ),
+        "the input is kept too": total(once(of_input)),
+        "that is what the outputs take; count what the hook is called with": module(x).nbytes,
+    }
 
 
 @exercise("06.2")

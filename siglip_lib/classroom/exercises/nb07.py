@@ -1,10 +1,16 @@
 """Checks of notebook 07, patches and positions."""
 
+import math
+import time
+import timeit
+from collections.abc import Callable
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
 
 from siglip_lib.classroom.exercises import answered, exercise
-from siglip_lib.classroom.exercises.helpers import is_pair, is_tensor, was_changed
+from siglip_lib.classroom.exercises.helpers import is_number, is_pair, is_tensor, was_changed
 
 
 @exercise("07.1")
@@ -97,3 +103,72 @@ def enlarge(answer) -> str | None:
         error = ((tokens - wanted).norm() / wanted.norm()).item()
         return f"the tokens of enlarged patches are off by {error:.0%}; they must satisfy v · Bx = w · x for all x"
     return None
+
+
+@exercise("07.4")
+def times_as_long(answer) -> str | None:
+    for slow, fast in ((5, 2), (2, 4)):
+        with _Clock() as clock:
+            first, second = clock.function(slow), clock.function(fast)
+            found = answered(answer(first, second))
+        if not is_number(found):
+            return f"your function returns {found!r}; it must return a number"
+        if min(clock.calls) < 3:
+            times = " and ".join(map(str, clock.calls))
+            return f"it called them {times} times; the first call takes longer than the rest"
+        if math.isclose(found, slow / fast, rel_tol=0.2):
+            continue
+        case = f"of two functions that take {slow} and {fast} ms yours says {found:.2f}"
+        if math.isclose(found, fast / slow, rel_tol=0.2):
+            return f"{case}: that is how many times as long the second takes; divide the other way"
+        more = _INTERRUPTION / 4  # in the mean
+        if math.isclose(found, (slow + more) / (fast + more), rel_tol=0.2):
+            return f"{case}: the interrupted calls weigh too much; take the median, not the mean"
+        return f"{case}; the ratio is {slow / fast}"
+    return None
+
+
+_INTERRUPTION = 16  # ms, in every fourth call from the first on
+
+
+class _Clock:
+    """Functions that take a known time, and in Python's clocks exactly that, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.real = time.perf_counter  # a clock that was imported by name, or a GPU's
+        self.calls: list[int] = []
+        self.ms = 0.0
+        self._patches = [
+            mock.patch.object(module, name, lambda unit=unit: unit(self.ms / 1e3))
+            for module, name, unit in (
+                (time, "perf_counter", float),
+                (time, "perf_counter_ns", lambda seconds: round(seconds * 1e9)),
+                (time, "monotonic", float),
+                (time, "time", float),
+                (timeit, "default_timer", float),
+            )
+        ]
+
+    def __enter__(self) -> "_Clock":
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+    def function(self, ms: float) -> Callable[[], None]:
+        """Return a function that takes ``ms``, and more where it is interrupted; its calls are counted."""
+        place = len(self.calls)
+        self.calls.append(0)
+
+        def wait() -> None:
+            taken = ms + _INTERRUPTION * (self.calls[place] % 4 == 0)
+            self.calls[place] += 1
+            self.ms += taken
+            end = self.real() + taken / 1e3
+            while self.real() < end:
+                pass
+
+        return wait

@@ -3,6 +3,7 @@
 import operator
 
 import torch
+import torch.nn.functional as F
 
 from siglip_lib.classroom.exercises import answered, exercise
 from siglip_lib.classroom.exercises.helpers import (
@@ -10,8 +11,10 @@ from siglip_lib.classroom.exercises.helpers import (
     is_number,
     is_pair,
     is_tensor,
+    near,
     was_changed,
 )
+from siglip_lib.siglip import EMOJI64_WEIGHTS, embed_texts, load_siglip
 from siglip_lib.tower.vision_transformer import VisionTransformer
 
 _SO400M = (1152, 27, 4304, 14, 729)
@@ -127,3 +130,54 @@ def second_to_last(answer) -> str | None:
         first_match(found, mistakes)
         or "the result is not the last norm of what the second to last block returned"
     )
+
+
+_NAMES = (
+    *(
+        "cat",
+        "dog",
+        "red apple",
+        "rocket",
+        "umbrella",
+        "pizza",
+        "house",
+        "sunflower",
+        "key",
+        "moon",
+        "train",
+    ),
+    "elephant",
+)
+
+
+@exercise("08.4")
+def share_right(answer) -> str | None:
+    model, tokenizer = load_siglip(EMOJI64_WEIGHTS)
+    model.eval()
+    names, wanted = list(_NAMES), torch.arange(20) * 5 % len(_NAMES)
+    texts = {
+        prompt: embed_texts(model, tokenizer, [prompt.format(name) for name in names])
+        for prompt in ("{}", "a photo of {}", "an emoji of {}")
+    }
+    noise = torch.randn(20, model.config.width, generator=torch.Generator().manual_seed(0))
+    for prompt in ("a photo of {}", "an emoji of {}"):
+        # vectors that fit the text with this prompt, some of them too noisy to be found
+        vectors = F.normalize(texts[prompt][wanted] + 0.085 * noise, dim=1)
+        hits = {key: (vectors @ value.T).argmax(1) == wanted for key, value in texts.items()}
+        found = answered(answer(model, tokenizer, vectors, names, wanted, prompt))
+        share = hits[prompt].double().mean().item()
+        if isinstance(found, torch.Tensor) and found.numel() == 1:
+            found = found.item()
+        if not is_number(found):
+            return f"your function returns {found!r}; it must return a number"
+        mistakes = {
+            "that is how many are right; divide by the number of pictures": 20 * share,
+            "a share lies between 0 and 1; that is in per cent": 100 * share,
+            "that is the share of wrong ones": 1 - share,
+            "the names must stand in the prompt": hits["{}"].double().mean().item(),
+        }
+        if near(1e-6)(found, share):
+            continue
+        reason = first_match(found, mistakes, near(1e-6)) or f"{share:.2f} is right"
+        return f"with the prompt {prompt!r} your share is {found:.2f}: {reason}"
+    return None
