@@ -51,6 +51,8 @@ def test_the_list_has_a_hundred_mistakes_spread_over_the_library():
         ("3 of 16", "2 of 16", False),  # counts of one digit
         ("1/p = 985", "1/p = 984", True),
         ("share 0.10", "share -0.10", False),
+        ("by chance 0.375", "by chance 0.5", False),
+        ("1,996,160 numbers", "1,996,288 numbers", False),
         ("(3, 16)", "(3, 16, 1)", False),
     ],
 )

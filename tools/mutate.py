@@ -168,10 +168,10 @@ def run_notebook(tree: Path, notebook: str, **variables: str) -> Outcome:
 
 
 def differ_by_last_digits(stored: str, found: str) -> bool:
-    """Whether two outputs have the same words, and numbers that are nearly the same once their last digit is dropped.
+    """Whether two outputs have the same words, and numbers that are the same when rounded to one digit less.
 
-    Nearly is five units of that digit, which no rounding to one digit less exceeds. A single digit is a count, and
-    has to be the same.
+    What rounding does to a difference depends on where it lies, so five units of the last digit count as the same
+    everywhere. A single digit is a count, and has to be the same.
     """
     ours, theirs = _NUMBER.findall(stored), _NUMBER.findall(found)
     if _NUMBER.sub("#", stored).split() != _NUMBER.sub("#", found).split():
@@ -183,7 +183,7 @@ def _near(a: str, b: str) -> bool:
     if min(len(re.sub(r"[eE].*|\D", "", x)) for x in (a, b)) < 2:
         return False
     a, b = Decimal(a), Decimal(b)
-    unit = Decimal(10) ** max(x.as_tuple().exponent for x in (a, b))
+    unit = Decimal(10) ** min(x.as_tuple().exponent for x in (a, b))
     return abs(a - b) <= 5 * unit
 
 
