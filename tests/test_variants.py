@@ -149,7 +149,7 @@ def test_what_diverges_has_nan_from_there_on_and_the_others_go_on():
 
 
 def test_a_rate_that_diverges_is_not_chosen(monkeypatch):
-    ranks = {0.5: [math.nan, math.nan], 0.1: [50, 70], 0.01: [1, 70], 0.001: [3, 5]}
+    ranks = {0.5: [math.nan, math.nan], 0.1: [6, 70], 0.01: [1, 70], 0.001: [3, 5]}
 
     trained = []
 
