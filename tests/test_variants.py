@@ -102,7 +102,13 @@ def test_a_variants_warm_up_counts_and_the_batches_are_the_same(runs):
     assert not torch.equal(runs["plain"].losses[:, 2], runs["late"].losses[:, 2])
 
 
-def test_it_is_what_training_gives(runs, emoji):
+def test_it_is_what_training_gives(runs, emoji, monkeypatch):
+    norms, clip = [], nn.utils.clip_grad_norm_
+
+    def noting(*given):
+        norms.append(clip(*given))
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", noting)
     config = replace(CONFIG, lr=1e-2, seed=1)
     tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
     torch.manual_seed(1)
@@ -111,6 +117,7 @@ def test_it_is_what_training_gives(runs, emoji):
     training = Training(model, tokenizer, emoji, training_and_validation(emoji)[0], config, "cpu")
     training.run(progress=False)
     assert training.losses == runs["plain"].losses[1].tolist()
+    assert torch.equal(torch.stack(norms), runs["plain"].gradients[1])
 
 
 def test_the_gradient_is_that_before_clipping(runs):
