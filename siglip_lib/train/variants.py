@@ -106,6 +106,9 @@ def short_runs(
     than recall, after a training of its own, with the seed after the largest of ``seeds``. torch's generators are left
     as they were.
 
+    The bias of the logits starts at -log(batch), where a pair has a probability of about 1 / batch. From SigLIP's -10,
+    which suits batches of exp(10) pairs, many of the few steps would go to the bias alone.
+
     Args:
         variants: by name.
         config: how to train all of them; its ``lr`` and ``seed`` are not used, its ``warmup`` where a variant has none.
@@ -238,7 +241,9 @@ def _train(
     shown = 0
     with _seeded(config.seed, course.device):
         parts = (course.tokenizer, course.emoji, course.places, config, course.device)
-        training = _Watched(build(), *parts)
+        model = build()
+        nn.init.constant_(model.logit_bias, -math.log(config.batch))
+        training = _Watched(model, *parts)
         ends = [*range(Batches.block, config.steps, Batches.block), config.steps]
         with suppress(Diverged):
             for end in ends:
