@@ -266,20 +266,17 @@ def test_a_file_that_is_no_sentencepiece_model(tmp_path):
         Tokenizer(tmp_path / "b.model")
 
 
-def test_a_vocabulary_whose_piece_1_is_another(tmp_path):
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(  # with its own defaults
-        sentence_iterator=iter(CAPTIONS),
-        model_prefix=str(tmp_path / "a"),
-        vocab_size=50,
-        minloglevel=2,
-    )
-    with pytest.raises(ValueError, match=r"a\.model' ends a text with piece 2; SigLIP's is 1"):
-        Tokenizer(tmp_path / "a.model")
-
-
-def test_a_vocabulary_as_siglip_2s(tmp_path):
+@pytest.mark.parametrize(
+    ("pieces", "said"),
+    [
+        ({}, "ends a text with piece 2; SigLIP's is 1"),  # sentencepiece's own defaults
+        (
+            {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3},  # Gemma's, which SigLIP 2 takes
+            "has piece 3 for what is unknown; SigLIP's is",
+        ),
+    ],
+)
+def test_a_vocabulary_with_other_special_pieces(tmp_path, pieces, said):
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
@@ -287,9 +284,9 @@ def test_a_vocabulary_as_siglip_2s(tmp_path):
         model_prefix=str(tmp_path / "a"),
         vocab_size=50,
         minloglevel=2,
-        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3},  # Gemma's
+        **pieces,
     )
-    with pytest.raises(ValueError, match=r"a\.model' has piece 3 for what is unknown; SigLIP's is"):
+    with pytest.raises(ValueError, match=rf"a\.model' {said}"):
         Tokenizer(tmp_path / "a.model")
 
 
