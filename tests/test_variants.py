@@ -13,7 +13,16 @@ from siglip_lib import SigLIP, Tokenizer
 from siglip_lib.classroom import figure, plot_curves
 from siglip_lib.data.emoji64 import load_emoji64, split
 from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
-from siglip_lib.train import Runs, TrainConfig, Training, Variant, runs_table, short_runs
+from siglip_lib.train import (
+    SHORT_COURSES,
+    Runs,
+    TrainConfig,
+    Training,
+    Variant,
+    lowest_loss,
+    runs_table,
+    short_runs,
+)
 from siglip_lib.train.variants import _verdict, training_and_validation
 
 mpl.use("Agg")
@@ -281,18 +290,49 @@ def test_the_final_loss_is_that_of_the_last_tenth():
 
 def test_curves_are_drawn_as_a_mean_and_a_band():
     fig, axes = figure()
-    curves = torch.tensor([[1.0, 3.0, 5.0, 7.0, 100.0], [3.0, 5.0, 7.0, math.nan, 100.0]])
-    plot_curves(axes[0, 0], curves, "some", window=2, linestyle="--")
-    [line] = axes[0, 0].get_lines()
+    curves = torch.ones(2, 81)  # 40 windows of two steps, and one step over
+    curves[:, :4] = torch.tensor([[1.0, 3.0, 5.0, 7.0], [3.0, 5.0, 7.0, math.nan]])
+    curves[:, -1] = 100.0
+    named = {"some": curves, "other": torch.ones(1, 3)}
+    plot_curves(axes[0, 0], named, {"some": dict(linestyle="--")})
+    line, other = axes[0, 0].get_lines()
     x, y = line.get_data()
-    assert x.tolist() == [1, 3]
-    assert y[0] == 3
-    assert math.isnan(y[1])
+    assert (x[:2].tolist(), len(x)) == ([1, 3], 40)
+    assert (y[0], math.isnan(y[1]), y[-1]) == (3, True, 1)
     assert (line.get_label(), line.get_linestyle()) == ("some", "--")
-    [band] = axes[0, 0].collections
+    assert other.get_xdata().tolist() == [0.5, 1.5, 2.5]
+    band, _ = axes[0, 0].collections
     assert {2.0, 4.0} <= set(band.get_paths()[0].vertices[:, 1].tolist())
-    with pytest.raises(ValueError, match="window=6 must be at most 5"):
-        plot_curves(axes[0, 0], curves, "some", window=6)
-    with pytest.raises(ValueError, match="curves has shape"):
-        plot_curves(axes[0, 0], curves[0], "some")
+    with pytest.raises(ValueError, match=r"curves\['flat'\] has shape"):
+        plot_curves(axes[0, 0], {"good": curves, "flat": curves[0]})
+    assert len(axes[0, 0].get_lines()) == 2
     mpl.pyplot.close(fig)
+
+
+def test_the_lowest_loss_names_those_that_are_level_with_it():
+    low = made_up([1.0, 1.2, 1.4], [0.1] * 3)
+    others = dict(
+        nan=made_up([0.0, math.nan, 0.0], [0.1] * 3),
+        far=made_up([2.0, 2.1, 2.2], [0.1] * 3),
+        low=low,
+        near=made_up([1.3, 1.4, 1.5], [0.1] * 3),
+    )
+    assert lowest_loss(others) == "low and near"
+    assert lowest_loss({"one": made_up([2.0], [0.1]), "seed": made_up([1.0], [0.1])}) == "seed"
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_what_a_model_that_knows_no_pair_loses(batch):
+    share = torch.full((batch, batch), 1 / batch, dtype=torch.float64)
+    each = torch.nn.functional.binary_cross_entropy(
+        share, torch.eye(batch, dtype=torch.float64), reduction="sum"
+    )
+    assert TrainConfig(batch=batch).no_pair_loss == pytest.approx(each.item() / batch)
+
+
+def test_the_courses_differ_in_length_alone():
+    assert list(SHORT_COURSES) == ["cpu", "lab", "full"]
+    for course in SHORT_COURSES.values():
+        assert course.recipe.warmup < course.recipe.steps
+        assert course.recipe.strength == 0
+        assert SigLIP(course.towers).config == course.towers

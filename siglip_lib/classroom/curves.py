@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from siglip_lib.base.checks import check_tensor, positive_int
+from siglip_lib.base.checks import check_tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+POINTS = 40  # of a line, or one a step where there are fewer
 
-def plot_curves(ax: Axes, curves: Tensor, label: str, window: int = 1, **style: object) -> None:
-    """Draw the mean of the curves over steps, and a band that holds them all.
+
+def plot_curves(
+    ax: Axes,
+    curves: Mapping[str, Tensor],
+    styles: Mapping[str, Mapping[str, object]] | None = None,
+) -> None:
+    """Draw each training's mean over the seeds, over the steps, and a band that holds all its seeds.
+
+    A point is the mean of a fortieth of the steps; steps left over at the end are left out.
 
     Args:
         ax: where.
-        curves: (seeds, steps), any float dtype. Where one is NaN the line ends.
-        label: for the legend.
-        window: steps of which the mean is drawn as one point; those left over at the end are left out.
-        **style: of the line.
+        curves: (seeds, steps) by name, any float dtype. Where one is NaN the line ends.
+        styles: of the lines, by name.
 
     Raises:
-        ValueError: another shape, an empty one, or fewer steps than a window has.
-        TypeError: no floats, or a window that is no int.
+        ValueError: another shape, or an empty one; nothing was drawn.
+        TypeError: no floats; nothing was drawn.
     """
-    _, steps = check_tensor("curves", curves, ("seeds", "steps"), empty=False)
-    if positive_int("window", window) > steps:
-        raise ValueError(f"window={window} must be at most {steps}, the number of steps")
-    points = steps // window
-    means = curves[:, : points * window].float().cpu().unflatten(1, (points, window)).mean(2)
-    at = window * (np.arange(points) + 0.5)
-    (line,) = ax.plot(at, means.mean(0), label=label, **style)
-    ax.fill_between(
-        at, means.amin(0), means.amax(0), color=line.get_color(), alpha=0.2, linewidth=0
-    )
+    for name, found in curves.items():
+        check_tensor(f"curves[{name!r}]", found, ("seeds", "steps"), empty=False)
+    for name, found in curves.items():
+        window = max(1, found.shape[1] // POINTS)
+        points = found.shape[1] // window
+        means = found[:, : points * window].float().cpu().unflatten(1, (points, window)).mean(2)
+        at = window * (np.arange(points) + 0.5)
+        (line,) = ax.plot(at, means.mean(0), label=name, **(styles or {}).get(name, {}))
+        ax.fill_between(
+            at, means.amin(0), means.amax(0), color=line.get_color(), alpha=0.2, linewidth=0
+        )

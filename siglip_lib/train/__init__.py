@@ -7,22 +7,24 @@ torch.distributed.
 from siglip_lib.train.recipe import TrainConfig
 from siglip_lib.train.training import Diverged, Training
 from siglip_lib.train.variants import (
-    SHORT_SIGLIP,
-    TINY_SIGLIP,
+    SHORT_COURSES,
     Runs,
+    ShortCourse,
     Variant,
+    lowest_loss,
     runs_table,
     short_runs,
 )
 
 __all__ = [
-    "SHORT_SIGLIP",
-    "TINY_SIGLIP",
+    "SHORT_COURSES",
     "Diverged",
     "Runs",
+    "ShortCourse",
     "TrainConfig",
     "Training",
     "Variant",
+    "lowest_loss",
     "runs_table",
     "short_runs",
 ]

@@ -58,6 +58,15 @@ class TrainConfig:
         for name, value in plain.items():  # NumPy's numbers can't be stored as JSON
             object.__setattr__(self, name, value)
 
+    @property
+    def no_pair_loss(self) -> float:
+        """Sigmoid loss, for each picture, of a model that knows no pair, only that one text in ``batch`` belongs to it.
+
+        Such a model gives each pair the probability 1 / batch. Only what lies below is knowledge of pairs.
+        """
+        others = self.batch - 1
+        return math.log(self.batch) + (others * math.log1p(1 / others) if others else 0.0)
+
 
 def schedule(step: int, config: TrainConfig) -> float:
     """Return the learning rate at a step as a share of the highest one: up a line, down a cosine."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,13 @@ from siglip_lib.base.checks import count
 from siglip_lib.data.emoji64 import Emoji64, load_emoji64, split
 from siglip_lib.evaluate.retrieval import ranks
 from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
-from siglip_lib.siglip.model import SigLIP, check_tokenizer, embed_pictures, embed_texts
+from siglip_lib.siglip.model import (
+    SigLIP,
+    SigLIPConfig,
+    check_tokenizer,
+    embed_pictures,
+    embed_texts,
+)
 from siglip_lib.siglip.text import Tokenizer
 from siglip_lib.train.batches import Batches
 from siglip_lib.train.recipe import TrainConfig
@@ -25,9 +31,9 @@ if TYPE_CHECKING:
 
 VALIDATION, TEST = "emojione", "twemoji"  # designers
 # Towers for short trainings, of 16 patches to a picture. The first is else the one that ships, the second is for a CPU.
-SHORT_SIGLIP = replace(EMOJI64_SIGLIP, patch_size=16)
-TINY_SIGLIP = replace(
-    SHORT_SIGLIP,
+_SHORT = replace(EMOJI64_SIGLIP, patch_size=16)
+_TINY = replace(
+    _SHORT,
     width=64,
     layers=2,
     heads=2,
@@ -37,6 +43,33 @@ TINY_SIGLIP = replace(
     text_heads=2,
     text_mlp_hidden=256,
 )
+
+
+class ShortCourse(NamedTuple):
+    """What a short training takes on a machine of one size.
+
+    Attributes:
+        towers: of the SigLIP.
+        recipe: how it is trained; without augmentation, so that a few hundred steps show something.
+        rates: learning rates to choose from.
+        seeds: of the trainings.
+    """
+
+    towers: SigLIPConfig
+    recipe: TrainConfig
+    rates: list[float]
+    seeds: list[int]
+
+
+def _recipe(steps: int, batch: int, warmup: int) -> TrainConfig:
+    return TrainConfig(steps=steps, batch=batch, warmup=warmup, strength=0.0)
+
+
+SHORT_COURSES = {  # by the name of the size
+    "cpu": ShortCourse(_TINY, _recipe(20, 64, 5), [1e-3], [0]),
+    "lab": ShortCourse(_SHORT, _recipe(150, 512, 40), [1e-3], [0, 1]),
+    "full": ShortCourse(_SHORT, _recipe(400, 512, 100), [3e-4, 1e-3, 3e-3], [0, 1, 2]),
+}
 
 
 @dataclass(frozen=True)
@@ -167,6 +200,14 @@ def runs_table(runs: Mapping[Hashable, Runs]) -> str:
             f"{_figure(100 * found.recall, 100 * first.recall, found is first, 1)}"
         )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def lowest_loss(runs: Mapping[Hashable, Runs]) -> str:
+    """Name the variant with the lowest final loss, and those that are level with it, as ``runs_table`` says."""
+    order = sorted(runs, key=lambda name: runs[name].final_loss.mean().nan_to_num(math.inf).item())
+    best = runs[order[0]].final_loss
+    level = (name for name in order[1:] if _verdict(runs[name].final_loss, best) == "level")
+    return " and ".join(map(str, [order[0], *level]))
 
 
 def _figure(found: Tensor, first: Tensor, is_first: bool, digits: int) -> str:
