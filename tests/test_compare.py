@@ -1,4 +1,4 @@
-"""agree says which bound two results keep, and raises where they don't."""
+"""What two results or a number keep is said as a bound, and what they break raises."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from siglip_lib import agree
+from siglip_lib.classroom import between
 
 WANTED = torch.tensor([2.0, -4.0, 0.5])
 
@@ -63,3 +64,11 @@ def test_nothing_zeros_and_integers():
 
 def test_gradients_and_devices_are_no_matter():
     assert agree(WANTED.clone().requires_grad_(), WANTED).startswith("equal")
+
+
+def test_a_number_between_two_bounds():
+    assert between(0.52, 0.4, 0.6) == "between 0.4 and 0.6"
+    assert between(1e-5, 1e-5, 1) == "between 1e-05 and 1"  # the bounds belong to it
+    for value, said in ((0.3, "0.3"), (0.7, "0.7"), (math.nan, "nan")):
+        with pytest.raises(AssertionError, match=f"{said} is not between 0.4 and 0.6"):
+            between(value, 0.4, 0.6)

@@ -1,6 +1,6 @@
 """What the notebooks use beside the model: pictures, timings, widgets, oracles, and checks of exercises."""
 
-from siglip_lib.classroom.compare import agree
+from siglip_lib.classroom.compare import agree, between
 from siglip_lib.classroom.curves import plot_curves
 from siglip_lib.classroom.diagrams import draw_idea, draw_tower
 from siglip_lib.classroom.exercises import check_exercise
@@ -31,6 +31,7 @@ __all__ = [
     "Timing",
     "agree",
     "attention_viewer",
+    "between",
     "check_exercise",
     "device_report",
     "draw_idea",

@@ -1,4 +1,4 @@
-"""What the notebooks say when two results should be the same: a bound in the output, an error where it is broken."""
+"""What the notebooks say of results that differ from machine to machine: a bound, and an error where it is broken."""
 
 from collections.abc import Mapping, Sequence
 
@@ -33,6 +33,17 @@ def agree(found: Result, wanted: Result, within: float = 1e-5) -> str:
     for name, tensor in wanted.items():
         _check(name, found[name].detach(), tensor.detach(), within)
     return f"equal to within {within:.0e} of the largest element" if within else "the same bits"
+
+
+def between(value: float, low: float, high: float) -> str:
+    """Return two bounds as text, once a number keeps them.
+
+    Raises:
+        AssertionError: it does not, or is NaN; it says what it is.
+    """
+    if not low <= value <= high:
+        raise AssertionError(f"{value:g} is not between {low:g} and {high:g}")
+    return f"between {low:g} and {high:g}"
 
 
 def _named(result: Result) -> dict[str, Tensor]:
