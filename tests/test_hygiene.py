@@ -99,6 +99,12 @@ def test_tags_are_known_and_few(path, notebook):
 
 
 @notebooks
+def test_what_is_not_compared_is_at_least_shown(path, notebook):
+    assert not [cell.id for cell in code_cells(notebook)
+                if cell.metadata.get("tags") and not cell.outputs]  # fmt: skip
+
+
+@notebooks
 def test_code_cells_are_short(path, notebook):
     sizes = [len(lines(cell)) for cell in code_cells(notebook)]
     assert max(sizes) <= 40
