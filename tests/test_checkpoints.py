@@ -1215,31 +1215,63 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-LOAD = """
-import sys, time
+LOADER = """
+import json, os, signal, sys, time, traceback
 from siglip_lib import VisionTransformer, load_weights, save_weights
-from huggingface_hub import hf_hub_download, model_info  # their import is not what is timed
-model, start = VisionTransformer(**eval(sys.argv[1])).double(), time.monotonic()
-try:
-    print(load_weights(model, "hf-hub:nobody/tower"))
-    save_weights(model, sys.argv[2])
-except OSError as error:
-    print(error)
-print(time.monotonic() - start)
+
+assert "huggingface_hub" not in sys.modules  # it reads its settings when it is imported
+for line in sys.stdin:  # a process each, which shares what was imported so far
+    env, sizes, out, said = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(100)
+            os.environ.clear()
+            os.environ.update(env)
+            from huggingface_hub import hf_hub_download, model_info  # not what is timed
+            model, start, told = VisionTransformer(**sizes).double(), time.monotonic(), open(said, "w")
+            try:
+                print(load_weights(model, "hf-hub:nobody/tower"), file=told)
+                save_weights(model, out)
+            except OSError as error:
+                print(error, file=told)
+            print(time.monotonic() - start, file=told, flush=True)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-def load_in_another_process(endpoint: str, folder: Path, **options: str) -> list[str]:
+@pytest.fixture(scope="module")
+def loader():
+    command = [sys.executable, "-W", "ignore", "-c", LOADER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as running:
+        yield running
+        running.stdin.close()
+
+
+@pytest.fixture
+def load_in_another_process(loader):
     """What is printed there, with the settings that huggingface_hub reads when it is imported."""
-    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "0", **options}
-    command = [sys.executable, "-c", LOAD, repr(SIZES | SIGLIP), str(folder / "out.safetensors")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+
+    def load(endpoint: str, folder: Path, **options: str) -> list[str]:
+        env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+        env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "0", **options}
+        job = env, SIZES | SIGLIP, str(folder / "out.safetensors"), str(folder / "said")
+        print(json.dumps(job), file=loader.stdin, flush=True)
+        assert loader.stdout.readline() == "0\n"
+        return (folder / "said").read_text().splitlines()
+
+    return load
 
 
-def test_of_a_repository_only_the_index_and_the_shards_of_the_tower_are_fetched(tmp_path):
+def test_of_a_repository_only_the_index_and_the_shards_of_the_tower_are_fetched(
+    load_in_another_process, tmp_path
+):
     theirs, ours = timm_tower(), tower()
     (tmp_path / "hub").mkdir()
     write_deepseek_vl2(theirs, tmp_path / "hub")
@@ -1261,7 +1293,7 @@ def test_of_a_repository_only_the_index_and_the_shards_of_the_tower_are_fetched(
     assert_equal(ours.state_dict(), theirs.state_dict())
 
 
-def test_a_refused_connection_is_told_at_once(tmp_path):
+def test_a_refused_connection_is_told_at_once(load_in_another_process, tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # nobody listens
         said = load_in_another_process(f"http://127.0.0.1:{unused.getsockname()[1]}", tmp_path)
@@ -1270,7 +1302,9 @@ def test_a_refused_connection_is_told_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("fetched", [True, False])
-def test_a_server_that_never_answers_is_not_waited_for(fetched, cache, tmp_path):
+def test_a_server_that_never_answers_is_not_waited_for(
+    load_in_another_process, fetched, cache, tmp_path
+):
     theirs, ours = timm_tower(), tower()
     if fetched:
         write_deepseek_vl2(theirs, cache)

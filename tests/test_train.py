@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from siglip_lib import SigLIP, Tokenizer, load_siglip, recall
+from siglip_lib import SigLIP, load_siglip, recall
 from siglip_lib.data.augmentation import augment
 from siglip_lib.data.emoji64 import captions, load_emoji64, split
 from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_VECTORS, EMOJI64_WEIGHTS
@@ -20,6 +20,7 @@ from siglip_lib.siglip.model import embed_pictures, embed_texts
 from siglip_lib.train.batches import Batches
 from siglip_lib.train.recipe import TrainConfig, schedule
 from siglip_lib.train.training import Diverged, Training
+from siglip_lib.train.variants import _RememberingTokenizer
 
 SIZES = replace(
     EMOJI64_SIGLIP, width=32, layers=1, heads=2, mlp_hidden=32, text_width=32, text_layers=1
@@ -38,20 +39,10 @@ def places(emoji):
     return split(emoji).train
 
 
-class RememberingTokenizer(Tokenizer):
-    """Tokenizes the same strings once: every training of this file asks for the same thousands of captions."""
-
-    def __call__(self, texts):
-        self.found = getattr(self, "found", {})
-        key = tuple(texts)
-        if key not in self.found:
-            self.found[key] = super().__call__(key)
-        return self.found[key].clone()
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
-    return RememberingTokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
+    """Tokenizes the same strings once: every training of this file asks for the same thousands of captions."""
+    return _RememberingTokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -39,6 +40,7 @@ from siglip_lib.train.distributed import PARALLEL, DistributedTraining
 from siglip_lib.train.recipe import TrainConfig
 from siglip_lib.train.stored import load_checkpoint, newest_checkpoint, save_checkpoint, whole_model
 from siglip_lib.train.training import Training
+from siglip_lib.train.variants import _RememberingTokenizer
 
 SIZES = replace(
     EMOJI64_SIGLIP, width=32, layers=2, heads=2, mlp_hidden=32, text_width=32, text_layers=1
@@ -50,12 +52,17 @@ WORLDS = (1, 2, 4)
 SHARED = replace(SMALL, seed=4)  # with eight concepts, so that a batch has several pairs of one
 
 
+@cache
+def tokenizer() -> Tokenizer:
+    """One for all trainings of a process, which ask for the same thousands of captions."""
+    return _RememberingTokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
+
+
 def parts(emoji: Emoji64, config: TrainConfig = SMALL) -> tuple:
     torch.manual_seed(0)
-    tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
     places = split(emoji).train
     places = places[emoji.concept[places] < 8] if config is SHARED else places[::20]
-    return SigLIP(SIZES), tokenizer, emoji, places, config
+    return SigLIP(SIZES), tokenizer(), emoji, places, config
 
 
 def in_a_process(folder: Path, emoji: Emoji64) -> dict:
@@ -637,8 +644,9 @@ def stored(out: Path) -> int:
 
 @pytest.fixture
 def here(monkeypatch, emoji) -> Iterator[Callable]:
-    """The command in this process, which has the pictures already."""
+    """The command in this process, which has the pictures and the captions' tokens already."""
     monkeypatch.setattr("siglip_lib.train.__main__.load_emoji64", lambda: emoji)
+    monkeypatch.setattr("siglip_lib.train.__main__.Tokenizer", lambda *_: tokenizer())
 
     def run(*options: str) -> None:
         monkeypatch.setattr(sys, "argv", ["siglip_lib.train", *OPTIONS, *options])
@@ -693,9 +701,8 @@ def test_stopped_killed_and_resumed_it_is_one_training(tmp_path, emoji, here, mo
 
     config = TrainConfig(steps=steps, batch=4, warmup=2)
     torch.manual_seed(0)
-    tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
     model = SigLIP(EMOJI64_SIGLIP)
-    never_stopped = Training(model, tokenizer, emoji, split(emoji).train, config, "cpu")
+    never_stopped = Training(model, tokenizer(), emoji, split(emoji).train, config, "cpu")
     never_stopped.run(stored(out), progress=False)
     assert [loss for _, loss in steps_of(out)] == pytest.approx(never_stopped.losses, rel=1e-3)
 

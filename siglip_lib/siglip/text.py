@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,11 +74,12 @@ class Tokenizer:
 
     def __call__(self, texts: Iterable[str]) -> Tensor:
         texts = _strings("texts", texts)
-        tokens = torch.full((len(texts), self.context_length), EOS, device="cpu")
+        # rows of NumPy's take a list in a fraction of the time that torch's do
+        tokens = np.full((len(texts), self.context_length), EOS, dtype=np.int64)
         for row, ids in zip(tokens, self._pieces.encode([*map(canonicalize, texts)]), strict=True):
             ids = ids[: self.context_length - 1]
-            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64, device="cpu")
-        return tokens
+            row[: len(ids)] = ids
+        return torch.from_numpy(tokens)
 
 
 def train_tokenizer(captions: Iterable[str], path: str | Path, vocab_size: int) -> None:
