@@ -40,8 +40,8 @@ _LINEARS = ("attention", "MLP", "pooling head")
 # here: the notebook, what it is about, and the parts to light
 PLACES = {
     "machine": ("00", "the machine on which all of this runs", ()),
-    "sampler": ("01", "the sampler behind the first weights of the marked parts", _LINEARS),
-    "weights": ("02", "the size of the first weights of the marked parts", _LINEARS),
+    "sampler": ("01", "the sampler behind the first weights of the marked parts", ("positions", *_LINEARS)),
+    "weights": ("02", "the size of the first weights of the marked parts", ("patches", "positions", *_LINEARS)),
     "attention": ("03", "attention", ("attention",)),
     "timing": ("04", "what attention costs", ("attention",)),
     "layer scale": ("05", "LayerScale and DropPath", ("LayerScale", "DropPath")),

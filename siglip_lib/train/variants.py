@@ -66,7 +66,7 @@ def _recipe(steps: int, batch: int, warmup: int) -> TrainConfig:
 
 
 SHORT_COURSES = {  # by the name of the size
-    "cpu": ShortCourse(_TINY, _recipe(20, 64, 5), [1e-3], [0]),
+    "cpu": ShortCourse(_TINY, _recipe(20, 16, 5), [1e-3], [0]),
     "lab": ShortCourse(_SHORT, _recipe(150, 512, 40), [1e-3], [0, 1]),
     "full": ShortCourse(_SHORT, _recipe(400, 512, 100), [3e-4, 1e-3, 3e-3], [0, 1, 2]),
 }
