@@ -120,7 +120,7 @@ def marked(fig) -> list[str]:
         ("attention", ["attention"]),
         ("layer scale", ["LayerScale", "DropPath"] * 2),
         ("patches", ["patches 729 × 1152", "+ positions"]),
-        ("weights", ["pooling head", "attention", "MLP"]),
+        ("weights", ["patches 729 × 1152", "+ positions", "pooling head", "attention", "MLP"]),
     ],
 )
 def test_the_tower_marks_a_notebooks_part(here, parts):
