@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from notebook_files import PATHS, Exercise, exercises, read, run, setup_source
+from right_answers import RIGHT
 
 from siglip_lib.classroom.exercises import grade
 
@@ -52,6 +53,18 @@ def test_each_notebook_has_two_to_four_exercises(path):
 @pytest.mark.parametrize(("notebook", "exercise"), CASES)
 def test_solution_is_accepted(notebook, exercise):
     assert answer(notebook, exercise, exercise.solution) == "right"
+
+
+@pytest.mark.parametrize(
+    ("notebook", "exercise"), [case for case in CASES if case.values[1].number in RIGHT]
+)
+def test_other_right_answers_are_accepted(notebook, exercise):
+    for code in RIGHT[exercise.number]:
+        assert answer(notebook, exercise, code) == "right"
+
+
+def test_right_answers_are_to_exercises_that_there_are():
+    assert RIGHT.keys() <= {case.values[1].number for case in CASES}
 
 
 @pytest.mark.parametrize(("notebook", "exercise"), CASES)

@@ -1,5 +1,11 @@
 """Wrong answers to notebook 01's exercises, each with a piece of what the check must say."""
 
+_OUTLIERS = """
+def trustworthy(sampler):
+    x = sampler(torch.empty({}), std=0.02)
+    return abs(x.std().item() / 0.02 - 1) < 0.02 and x.abs().max().item() < 10 * 0.02
+"""
+
 WRONG = {
     "01.1": {
         "def beyond(z): return math.erfc(z / math.sqrt(2)) / 2": "one side only",
@@ -36,22 +42,30 @@ def count_values(a, b):
 def trustworthy(sampler):
     x = sampler(torch.empty(2**22), std=0.02)
     return bool(stats.kstest(x[:200_000].numpy(), stats.norm(0, 0.02).cdf).pvalue > 1e-3)
-""": "at -100 sigma",
+""": "16 of 16 at +100 sigma",
         """
 def trustworthy(sampler):
     x = sampler(torch.empty(2**22), std=0.02)
     return abs(x.std().item() / 0.02 - 1) < 0.02 and x.max().item() < 10 * 0.02
-""": "at -100 sigma",
+""": "0 of 16 at +100 sigma",
         """
 def trustworthy(sampler):
     x = sampler(torch.empty(2**22), std=0.02)
     return abs(x.std().item() / 0.02 - 1) < 0.02 and x.min().item() > -10 * 0.02
-""": "at +100 sigma",
+""": "trusts 0 of 16 samplers",
         """
 def trustworthy(sampler):
     x = sampler(torch.empty(10_000), std=0.02)
     return abs(x.std().item() / 0.02 - 1) < 0.03 and x.abs().max().item() < 10 * 0.02
 """: "one draw in 2**18",
+        _OUTLIERS.format("2**17"): "take more draws",
+        _OUTLIERS.format("2**18"): "take more draws",
+        _OUTLIERS.format("2**19"): "take more draws",
+        """
+def trustworthy(sampler):
+    x = sampler(torch.empty(2**22), std=0.02)
+    return abs(x.std().item() / 0.02 - 1) < 0.02 and x.abs().max().item() < 5 * 0.02
+""": "of 6 right samplers",
         """
 def trustworthy(sampler):
     return sampler(torch.empty(2**22), std=0.02).abs().max().item() < 10 * 0.02
@@ -65,7 +79,7 @@ def trustworthy(sampler):
 def trustworthy(sampler):
     x = sampler(torch.empty(2**22), std=0.02)
     return x.std().item() == 0.02 and x.abs().max().item() < 10 * 0.02
-""": "refuses a right sampler",
+""": "refuses 6 of 6 right samplers",
         "def trustworthy(sampler): return sampler(torch.empty(2**22), std=0.02).std().item()": "True or False",
     },
 }

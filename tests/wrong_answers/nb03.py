@@ -64,6 +64,10 @@ WRONG = {
         _chunks(rescale="1.0"): "exp(old - new)",
         _chunks(rescale="0.0"): "only the last chunk",
         _chunks(start="0.0", grown="largest"): "overflow",
+        _chunks(start="0.0"): "far below 0",
+        _chunks(start="-100.0"): "far below 0",
+        _chunks()
+        + "_right, attend_in_chunks = attend_in_chunks, lambda *x: _right(*x).float()": "in torch.float32",
         """
 def attend_in_chunks(q, k, v, chunk):
     parts = [

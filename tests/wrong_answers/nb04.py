@@ -1,5 +1,24 @@
 """Wrong answers to notebook 04's exercises, each with a piece of what the check must say."""
 
+_IN_TURNS = """
+def in_turns(first, second, clock, rounds):
+    first(), second()
+    times = {{first: [], second: []}}
+    for turn in range(rounds):
+        for fn in (first, second)[:: 1 - 2 * (turn % 2)]:
+            start = clock(); fn(); times[fn].append(clock() - start)
+    return {}
+"""
+_EXCHANGED = """
+def overtakes(second, first):
+    found = None
+    for n in sorted(first, reverse=True):
+        if not first[n].slowest_ms < second[n].fastest_ms:
+            break
+        found = n
+    return found
+"""
+
 WRONG = {
     "04.1": {
         """
@@ -49,6 +68,10 @@ def in_turns(first, second, clock, rounds):
     start = clock(); first(); middle = clock(); second()
     return (clock() - middle) / (middle - start)
 """: "20 rounds are to time each",
+        _IN_TURNS.format("min(times[second]) / min(times[first])"): "far too fast",
+        _IN_TURNS.format(
+            "statistics.median(b / a for a, b in zip(times[first], times[second]))"
+        ): "none of ratios",
     },
     "04.2": {
         """
@@ -81,6 +104,9 @@ def overtakes(first, second):
 def overtakes(first, second):
     return max(n for n in first if first[n].median_ms > second[n].median_ms)
 """: "last number at which it is behind",
+        _EXCHANGED: "first and second are exchanged",
+        "overtakes = lambda first, second: None": "the answer is None, not 1024",
+        "def overtakes(first, second): return None": "the answer is None, not 1024",
     },
     "04.3": {
         "def missed(q, k, v): return attend(q, k, v)": "right wherever we looked",
@@ -88,5 +114,10 @@ def overtakes(first, second):
         "def missed(q, k, v): return attend(q, k[:, :-1], v[:, :-1])": "the check notices it",
         "def missed(q, k, v): return attend(q, k, v) + 1e-7": "right wherever we looked",
         "def missed(q, k, v): return attend(q, k, v) * float('nan')": "the check notices it",
+        """
+def missed(q, k, v):
+    out = attend(q, k, v)
+    return torch.cat([out[:1], out[1:-1] * 1.03, out[-1:]]) if len(out) > 2 else out
+""": "right wherever we looked",
     },
 }

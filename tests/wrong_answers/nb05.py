@@ -1,5 +1,11 @@
 """Wrong answers to notebook 05's exercises, each with a piece of what the check must say."""
 
+_MEASURED = """
+def measure_drop(layer):
+    out = layer(torch.ones({}, 1))
+    return (out == 0).double().mean().item(), out.max().item()
+"""
+
 WRONG = {
     "05.1": {
         """
@@ -27,6 +33,8 @@ def measure_drop(layer):
     out = layer(torch.ones(16, 1))
     return (out == 0).double().mean().item(), out.max().item()
 """: "off by about .5 / sqrt(n)",
+        _MEASURED.format("1000"): "off by about .5 / sqrt(n)",
+        _MEASURED.format("3000"): "off by about .5 / sqrt(n)",
         """
 def measure_drop(layer):
     out = layer.eval()(torch.ones(2**18, 1))
@@ -43,7 +51,8 @@ def measure_drop(layer):
         "def drop_path_std(p): return p * (1 - p)": "does not divide",
         "def drop_path_std(p): return ((1 - p) / p) ** 0.5": "exchanged",
         "def drop_path_std(p): return (1 / (1 - p)) ** 0.5": "square of the mean",
-        "def drop_path_std(p): return 0.5": "a million draws",
+        "def drop_path_std(p): return 0.5": "the formula gives 1.000000",
+        "def drop_path_std(p): return F.dropout(torch.ones(2**20), p).std().item()": "the formula gives 0.500000",
     },
     "05.3": {
         """

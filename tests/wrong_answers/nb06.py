@@ -18,6 +18,12 @@ def _kept(
     return _KEPT.format(count=count, answer=answer)
 
 
+_PARALLEL = """
+def parallel(block, x):
+    attended = block.ls1(block.attn(block.norm1(x)))
+    return x + {}(attended) + {}(block.ls2(block.mlp(block.norm2(x))))
+"""
+
 WRONG = {
     "06.1": {
         _kept(count="found"): "parameters are counted",
@@ -50,6 +56,11 @@ def parallel(block, x):
     n = block.norm1(x)
     return x + block.ls1(block.attn(n)) + block.ls2(block.mlp(n))
 """: "its own norm",
+        _PARALLEL.format("", ""): "drop_path1 and drop_path2 are missing",
+        _PARALLEL.format("block.drop_path1", ""): "drop_path2, is missing",
+        _PARALLEL.format("", "block.drop_path2"): "drop_path1, is missing",
+        _PARALLEL.format("block.drop_path2", "block.drop_path1"): "are exchanged",
+        _PARALLEL.format("block.drop_path1", "block.drop_path1"): "by its own DropPath",
         """
 def parallel(block, x):
     a, m = block.ls1(block.attn(block.norm1(x))), block.ls2(block.mlp(block.norm2(x)))

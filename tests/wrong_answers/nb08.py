@@ -15,6 +15,10 @@ def share_right(model, tokenizer, vectors, names, wanted, prompt):
     return {}
 """
 _PROMPTED = "[prompt.format(name) for name in names]"
+_SIGMOIDS = """
+def _sigmoids(vectors, texts, model):
+    return (model.logit_scale.exp() * vectors @ texts.T + model.logit_bias).sigmoid()
+"""
 
 WRONG = {
     "08.1": {
@@ -25,6 +29,7 @@ WRONG = {
         _COUNT.format(_WHOLE.replace("+ tokens * width ", "")): "the position embeddings",
         _COUNT.format(_WHOLE.replace("3 * patch", "patch")): "three colours",
         _COUNT.format(_WHOLE.replace("layers * block", "block")): "several blocks",
+        _COUNT.format(_WHOLE + " + 2 * width"): "one norm, not two",
         _COUNT.format(_WHOLE + " + 7"): "7 too many",
         _COUNT.format(_WHOLE.replace("tokens", "729")): "not for SigLIP's large tower",
         "def parameters(*sizes): return '428 million'": "must return a number",
@@ -88,6 +93,15 @@ def second_to_last(tower, x):
         _SHARE.format(_PROMPTED, "(best != wanted).double().mean().item()"): "of wrong ones",
         _SHARE.format("names", "(best == wanted).double().mean().item()"): "stand in the prompt",
         _SHARE.format(_PROMPTED, "(best == 0).double().mean().item()"): "is right",
+        "def share_right(*given): return 1.0": "is right",
+        _SHARE.format(
+            _PROMPTED, "(_sigmoids(vectors, texts, model)[range(20), wanted] > 0.5).double().mean()"
+        )
+        + _SIGMOIDS: "is right",
+        _SHARE.format(
+            _PROMPTED,
+            "((vectors @ texts.T).softmax(0).argmax(1) == wanted).double().mean()",
+        ): "is right",
         _SHARE.format(_PROMPTED, "best"): "must return a number",
     },
 }

@@ -44,6 +44,14 @@ WRONG = {
         _RECALL.format(
             "if not similarity[0, 0].isfinite(): raise ValueError", _BEFORE, "mean().item()"
         ): "ValueError",
+        _RECALL.format(
+            "if similarity.max().isinf() or similarity.isnan().any(): raise ValueError",
+            _BEFORE,
+            "mean().item()",
+        ): "similarity of -inf",
+        _RECALL.format(
+            "if not similarity[0].isfinite().all(): raise ValueError", _BEFORE, "mean().item()"
+        ): "ValueError",
         "def recall_at(similarity, right, k): return similarity": "must be one number",
         _RECALL.format("similarity.mul_(2)", _BEFORE, "mean().item()"): "changed",
     },

@@ -84,6 +84,7 @@ WRONG = {
         _average(value="(1 - decay) * weight"): "the old average is missing",
         _average(value="decay * average"): "the weight is missing",
         _average(value="0.75 * average + 0.25 * weight"): "fixed in your code",
+        _average(place="tl.program_id(0) * 128 + tl.arange(0, 128)"): "with a BLOCK of 256",
         _average(size="(size // BLOCK * BLOCK)"): "did not change",
         _average(value="average * weight"): "is wrong",
     },
@@ -99,6 +100,7 @@ WRONG = {
         _mean(store="out_ptr + column", value="x"): "more numbers were stored",
         _mean(store="x_ptr + row"): "the matrix changed",
         _mean(value="tl.max(x)"): "has the mean",
+        _mean().replace("tl.arange(0, BLOCK)", "tl.arange(0, 128)"): "of 200 columns",
     },
     "12.3": {
         "def softmax_kernel(x, out, columns, BLOCK): return x.softmax(1)": "no kernel",
@@ -112,6 +114,7 @@ WRONG = {
             kept="total = tl.sum(tl.where(column < columns, e, 0.0))",
         ): "row of negative scores",
         _softmax(most="0.0"): "large ones overflow",
+        _softmax().replace("tl.arange(0, BLOCK)", "tl.arange(0, 128)"): "wrong for 200",
         _softmax(row="0 * tl.program_id(0)"): "only row 0",
         _softmax(stride="BLOCK"): "row r begins at r * columns",
         _softmax(mask="place < columns * tl.num_programs(0) + 9"): "beyond the end",

@@ -125,6 +125,9 @@ def resident(registers, threads, own, read, width, stages):
         _causal("o * shrink[:, None] + p", "o + p"): "of 23 is wrong",
         _causal(_MASK, _MASK.rpartition("\n")[0]): "raise m?",
         "def causal(q, k, v, scale, block): return None, q": "the output",
+        _causal(
+            "return o / total[:, None]", "return (o / total[:, None]).float()"
+        ): "in torch.float32",
         """
 def causal(q, k, v, scale, block):
     number = torch.arange(len(q))

@@ -1,8 +1,14 @@
 """What checks of several notebooks ask of an answer: its type, which known mistake it is, what it did on the way."""
 
+import ast
+import inspect
 import math
+import textwrap
+import time
+import timeit
 from collections.abc import Callable, Mapping
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -10,9 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def is_number(value: object) -> bool:
-    """Whether ``value`` is an int or a float; a bool is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def number(value: object) -> int | float | None:
+    """Return an int or a float, or that of a tensor of one element; None for all else, a bool included."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return None if isinstance(value, bool) or not isinstance(value, (int, float)) else value
+
+
+def two_numbers(value: object) -> tuple[int | float, int | float] | None:
+    """Return a tuple, list or tensor of two numbers as a tuple of plain ones; None for all else."""
+    if isinstance(value, Tensor) and value.shape == (2,):
+        value = value.tolist()
+    if not is_pair(value):
+        return None
+    first, second = map(number, value)
+    return None if first is None or second is None else (first, second)
 
 
 def is_pair(value: object) -> bool:
@@ -54,6 +72,19 @@ def first_match(
     return None
 
 
+def has_no_code(function: Callable) -> bool:
+    """Whether nothing but an ellipsis or a docstring stands in a function; False if its source can't be seen."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    return isinstance(tree.body[0], ast.FunctionDef) and all(
+        isinstance(node, ast.Pass)
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        for node in tree.body[0].body
+    )
+
+
 class ShapesMade(TorchDispatchMode):
     """Collects the shapes of all tensors that operators return inside."""
 
@@ -70,3 +101,50 @@ class ShapesMade(TorchDispatchMode):
         out = operator(*args, **(kwargs or {}))
         self.shapes |= {x.shape for x in tree_leaves(out) if isinstance(x, Tensor)}
         return out
+
+
+class Clock:
+    """Functions that take a known time, and in Python's clocks exactly that, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.real = time.perf_counter  # a clock that was imported by name, or a GPU's
+        self.was_read = False  # one of Python's clocks
+        self.seconds: list[list[float]] = []  # of each function's calls, by the real clock
+        self.ms = 0.0
+        self._patches = [
+            mock.patch.object(module, name, partial(self._read, unit))
+            for module, name, unit in (
+                (time, "perf_counter", float),
+                (time, "perf_counter_ns", lambda seconds: round(seconds * 1e9)),
+                (time, "monotonic", float),
+                (time, "time", float),
+                (timeit, "default_timer", float),
+            )
+        ]
+
+    def __enter__(self) -> "Clock":
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+    def _read(self, unit: Callable[[float], float]) -> float:
+        self.was_read = True
+        return unit(self.ms / 1e3)
+
+    def function(self, ms_of: Callable[[int], float]) -> Callable[[], None]:
+        """Return a function that takes ``ms_of(call)`` ms, its calls being counted from 0."""
+        seconds: list[float] = []
+        self.seconds.append(seconds)
+
+        def wait() -> None:
+            start, taken = self.real(), ms_of(len(seconds))
+            self.ms += taken
+            while self.real() < start + taken / 1e3:
+                pass
+            seconds.append(self.real() - start)
+
+        return wait

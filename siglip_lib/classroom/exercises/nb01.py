@@ -1,5 +1,6 @@
 """Checks of notebook 01, truncated-normal sampling."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -63,33 +64,48 @@ def count_values(answer) -> str | None:
 
 @exercise("01.4")
 def trustworthy(answer) -> str | None:
-    answered(answer(_sampler()))
-    # by reason the samplers that must pass, or must not
-    cases = {
-        "refuses a right sampler": (_sampler(), True),
-        "trusts a sampler whose standard deviation is 5 % too large": (_sampler(width=1.05), False),
-        "trusts a sampler whose standard deviation is 5 % too small": (_sampler(width=0.95), False),
-        "trusts a sampler with one draw in 2**18 at -100 sigma": (_sampler(outlier=-2.0), False),
-        "trusts a sampler with one draw in 2**18 at +100 sigma": (_sampler(outlier=2.0), False),
-    }
-    for reason, (sampler, right) in cases.items():
-        found = answer(sampler)
-        if not isinstance(found, bool):
-            return f"trustworthy returns {found!r}; it must return True or False"
-        if found != right:
-            return f"your test {reason}"
+    found = _verdict(answered(answer(_sampler(seed=0))))
+    if not isinstance(found, bool):
+        return f"trustworthy returns {found!r}; it must return True or False"
+
+    seeds = itertools.count()  # two samplers of one seed would have as many outliers
+
+    def trusted(tests: int, **fault: float) -> int:
+        samplers = (_sampler(next(seeds), **fault) for _ in range(tests))
+        return sum(_verdict(answer(sampler)) for sampler in samplers)
+
+    if (refused := 6 - trusted(6)) > 1:
+        return f"your test refuses {refused} of 6 right samplers"
+    for width, word in ((1.05, "large"), (0.95, "small")):
+        if trusted(1, width=width):
+            return f"your test trusts a sampler whose standard deviation is 5 % too {word}"
+    tests = 16
+    low, high = (trusted(tests, outlier=outlier) for outlier in (-100, 100))
+    if low + high > 1:  # a single one does not show that more than one in a hundred is missed
+        samplers = "samplers with one draw in 2**18"
+        return (
+            f"your test trusts {low} of {tests} {samplers} at -100 sigma, and {high} of {tests} at +100 sigma: look at"
+            " both sides, and take more draws"
+        )
     return None
 
 
-def _sampler(width: float = 1.0, outlier: float | None = None) -> Callable[..., Tensor]:
-    """A sampler in place, whose standard deviation or one draw in 2**18 is wrong; the same draws in each check."""
-    generator = torch.Generator().manual_seed(0)
+def _verdict(value: object) -> object:
+    """Return the bool that a tensor of one element holds, all else as it is."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _sampler(seed: int, width: float = 1.0, outlier: float = 0.0) -> Callable[..., Tensor]:
+    """A sampler in place: the standard deviation is wrong, or one draw in 2**18 is ``outlier`` standard deviations."""
+    generator = torch.Generator().manual_seed(seed)
 
     def sample(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        drawn = torch.empty(tensor.shape).normal_(mean, width * std, generator=generator)
-        if outlier is not None:
-            drawn[torch.rand(tensor.shape, generator=generator) < 2.0**-18] = outlier
-        return tensor.copy_(drawn)
+        drawn = torch.empty(tensor.numel()).normal_(mean, width * std, generator=generator)
+        if outlier:
+            rate = torch.tensor(len(drawn) * 2.0**-18)
+            count = int(torch.poisson(rate, generator=generator))
+            drawn[torch.randint(len(drawn), (count,), generator=generator)] = mean + outlier * std
+        return tensor.copy_(drawn.view(tensor.shape))
 
     return sample
 

@@ -74,6 +74,8 @@ def attend_in_chunks(answer) -> str | None:
         found = answered(answer(q, k, v, 8))
     if found.shape != q.shape:
         return f"the output has shape {tuple(found.shape)}, not {tuple(q.shape)}"
+    if found.dtype != q.dtype:
+        return f"the output is in {found.dtype}, and q, k and v are in {q.dtype}"
 
     same = partial(torch.allclose, rtol=1e-6, atol=1e-9)
 
@@ -103,6 +105,9 @@ def attend_in_chunks(answer) -> str | None:
         return "large scores overflow: take exp of the score minus the largest so far"
     if not same(answer(100 * q, 100 * k, v, 8), right(100 * q, 100 * k, v)):
         return "wrong for large scores, where the largest score must be subtracted"
+    below = 100 * q.abs(), -100 * k.abs(), v
+    if not same(answer(*below, 8), right(*below)):
+        return "wrong where all scores are far below 0: the largest so far must start at -inf, not at 0"
     if not same(answer(q, k, v, 7), right(q, k, v)):
         return "wrong when chunk does not divide N: the last chunk is shorter"
     return None

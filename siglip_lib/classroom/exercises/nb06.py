@@ -8,9 +8,9 @@ from torch import nn
 from siglip_lib.classroom.exercises import answered, exercise
 from siglip_lib.classroom.exercises.helpers import (
     first_match,
-    is_number,
-    is_pair,
     is_tensor,
+    number,
+    two_numbers,
     was_changed,
 )
 from siglip_lib.tower.block import Block
@@ -30,9 +30,9 @@ def kept(answer) -> str | None:
     for name, module in modules.items():
         with torch.enable_grad():
             right, mistakes = _kept(module, x)
-            found = answered(answer(module, x))
-        if not is_number(found):
-            return f"kept returns {found!r}; it must be a number of bytes"
+            returned = answered(answer(module, x))
+        if (found := number(returned)) is None:
+            return f"kept returns {returned!r}; it must be a number of bytes"
         if found == right:
             continue
         if reason := first_match(found, mistakes, operator.eq):
@@ -98,21 +98,56 @@ def parallel(answer) -> str | None:
         right = x + scaled + scaled_mlp
     if not is_tensor(found, *x.shape):
         return f"the result must be a tensor of x's shape, {tuple(x.shape)}"
-    if torch.allclose(found, right):
-        return None
-    return (
-        first_match(found, mistakes)
-        or "the result is not x + ls1(attn(norm1(x))) + ls2(mlp(norm2(x)))"
-    )
+    if not torch.allclose(found, right):
+        return (
+            first_match(found, mistakes)
+            or "the result is not x + ls1(attn(norm1(x))) + ls2(mlp(norm2(x)))"
+        )
+    return _drop_paths(answer, block.train(), x)
+
+
+def _drop_paths(answer, block: Block, x: torch.Tensor) -> str | None:
+    """What is wrong in training mode, the DropPaths keeping other samples."""
+    keep1, keep2 = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])[:, :, None, None]
+    x = x[:1].expand(4, -1, -1).clone()  # of four alike each DropPath keeps two
+    block.drop_path1, block.drop_path2 = _Times(keep1), _Times(keep2)
+    with torch.no_grad():
+        found = answer(block, x)
+        attended, widened = (
+            block.ls1(block.attn(block.norm1(x))),
+            block.ls2(block.mlp(block.norm2(x))),
+        )
+        mistakes = {
+            "the DropPaths drop_path1 and drop_path2 are missing": x + attended + widened,
+            "the DropPaths are exchanged: drop_path1 is the attention's": x
+            + keep2 * attended
+            + keep1 * widened,
+            "the attention's DropPath, drop_path1, is missing": x + attended + keep2 * widened,
+            "the MLP's DropPath, drop_path2, is missing": x + keep1 * attended + widened,
+        }
+        if torch.allclose(found, x + keep1 * attended + keep2 * widened):
+            return None
+    reason = first_match(found, mistakes) or "each branch is to be dropped by its own DropPath"
+    return f"right in eval mode, but not while training: {reason}"
+
+
+class _Times(nn.Module):
+    """A DropPath that keeps what it is told to."""
+
+    def __init__(self, keep: torch.Tensor) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.keep * x
 
 
 @exercise("06.3")
 def idle(answer) -> str | None:
     dim = 96
-    found = answered(answer(dim))
-    if not is_pair(found):
-        return f"idle({dim}) is {found!r}; it must be a pair, (first, after the last)"
-    pair = tuple(found)
+    returned = answered(answer(dim))
+    if (pair := two_numbers(returned)) is None:
+        return f"idle({dim}) is {returned!r}; it must be a pair, (first, after the last)"
     if pair == (0, dim):
         return "a bias on q shifts the score with key k by bias · k, another amount for every key"
     if pair == (2 * dim, 3 * dim):
@@ -121,6 +156,6 @@ def idle(answer) -> str | None:
         return f"the right third, but the second number is the index after the last: {2 * dim}"
     if pair != (dim, 2 * dim):
         return f"idle({dim}) is {pair}; the thirds are (0, 96), (96, 192) and (192, 288)"
-    if tuple(answer(1152)) != (1152, 2304):
-        return f"right for a width of 96, but idle(1152) is {tuple(answer(1152))}"
+    if two_numbers(returned := answer(1152)) != (1152, 2304):
+        return f"right for a width of 96, but idle(1152) is {returned!r}"
     return None

@@ -1,16 +1,18 @@
 """Checks of notebook 07, patches and positions."""
 
 import math
-import time
-import timeit
-from collections.abc import Callable
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from siglip_lib.classroom.exercises import answered, exercise
-from siglip_lib.classroom.exercises.helpers import is_number, is_pair, is_tensor, was_changed
+from siglip_lib.classroom.exercises.helpers import (
+    Clock,
+    is_tensor,
+    number,
+    two_numbers,
+    was_changed,
+)
 
 
 @exercise("07.1")
@@ -18,11 +20,11 @@ def count(answer) -> str | None:
     for height, width, patch in ((384, 384, 14), (224, 224, 14), (100, 37, 16)):
         for pad in (False, True):
             call = f"count({height}, {width}, {patch}, {pad})"
-            found = answered(answer(height, width, patch, pad))
-            if not is_pair(found):
-                return f"{call} is {found!r}; it must be a pair, (tokens, pixels)"
+            returned = answered(answer(height, width, patch, pad))
+            if (found := two_numbers(returned)) is None:
+                return f"{call} is {returned!r}; it must be a pair, (tokens, pixels)"
             if problem := _count_problem(height, width, patch, pad, *found):
-                return f"{call} is {tuple(found)}: {problem}"
+                return f"{call} is {found}: {problem}"
     return None
 
 
@@ -84,37 +86,44 @@ def _shape(found: object) -> object:
 def enlarge(answer) -> str | None:
     draw = torch.Generator().manual_seed(0)
     for p, q in ((4, 6), (5, 7)):
-        weight = torch.randn(6, 3, p, p, generator=draw, dtype=torch.float64)
+        weight = torch.randn(6, 3, p, p, generator=draw)
         patches = torch.randn(20, 3, p, p, generator=draw, dtype=torch.float64)
         found = answered(answer(weight, q))
         if not is_tensor(found, 6, 3, q, q):
             shape = _shape(found)
             return f"for weights (6, 3, {p}, {p}) and q = {q} the result must be (6, 3, {q}, {q}), not {shape}"
         larger = F.interpolate(patches, size=(q, q), mode="bilinear")
-        wanted = patches.flatten(1) @ weight.flatten(1).T
+        wanted = patches.flatten(1) @ weight.double().flatten(1).T
         tokens = larger.flatten(1) @ found.double().flatten(1).T
         if torch.allclose(tokens, wanted, atol=1e-4):
             continue
-        plain = F.interpolate(weight, size=(q, q), mode="bilinear")
+        plain = F.interpolate(weight.double(), size=(q, q), mode="bilinear")
         if torch.allclose(found.double(), plain, atol=1e-4):
             return "these are the interpolated weights: tokens come out too large, as q² > p² products are summed"
         if torch.allclose(found.double(), plain * (p / q) ** 2, atol=1e-4):
             return "interpolated and scaled weights give tokens of the right size, but not the same tokens"
         error = ((tokens - wanted).norm() / wanted.norm()).item()
-        return f"the tokens of enlarged patches are off by {error:.0%}; they must satisfy v · Bx = w · x for all x"
+        return (
+            f"the tokens of enlarged patches are off by {error:.0%}; they must satisfy v · Bx = w · x for all x."
+            " (Section 4 has the tool, `torch.linalg.pinv`; and B is what `F.interpolate` makes of the identity.)"
+        )
     return None
 
 
 @exercise("07.4")
 def times_as_long(answer) -> str | None:
     for slow, fast in ((5, 2), (2, 4)):
-        with _Clock() as clock:
-            first, second = clock.function(slow), clock.function(fast)
-            found = answered(answer(first, second))
-        if not is_number(found):
-            return f"your function returns {found!r}; it must return a number"
-        if min(clock.calls) < 3:
-            times = " and ".join(map(str, clock.calls))
+        with Clock() as clock:
+            first, second = (
+                clock.function(lambda call, ms=ms: ms + _INTERRUPTION * (call % 4 == 0))
+                for ms in (slow, fast)
+            )
+            returned = answered(answer(first, second))
+        if (found := number(returned)) is None:
+            return f"your function returns {returned!r}; it must return a number"
+        calls = [*map(len, clock.seconds)]
+        if min(calls) < 3:
+            times = " and ".join(map(str, calls))
             return f"it called them {times} times; the first call takes longer than the rest"
         if math.isclose(found, slow / fast, rel_tol=0.2):
             continue
@@ -129,46 +138,3 @@ def times_as_long(answer) -> str | None:
 
 
 _INTERRUPTION = 16  # ms, in every fourth call from the first on
-
-
-class _Clock:
-    """Functions that take a known time, and in Python's clocks exactly that, however busy the machine is."""
-
-    def __init__(self) -> None:
-        self.real = time.perf_counter  # a clock that was imported by name, or a GPU's
-        self.calls: list[int] = []
-        self.ms = 0.0
-        self._patches = [
-            mock.patch.object(module, name, lambda unit=unit: unit(self.ms / 1e3))
-            for module, name, unit in (
-                (time, "perf_counter", float),
-                (time, "perf_counter_ns", lambda seconds: round(seconds * 1e9)),
-                (time, "monotonic", float),
-                (time, "time", float),
-                (timeit, "default_timer", float),
-            )
-        ]
-
-    def __enter__(self) -> "_Clock":
-        for patch in self._patches:
-            patch.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for patch in self._patches:
-            patch.stop()
-
-    def function(self, ms: float) -> Callable[[], None]:
-        """Return a function that takes ``ms``, and more where it is interrupted; its calls are counted."""
-        place = len(self.calls)
-        self.calls.append(0)
-
-        def wait() -> None:
-            taken = ms + _INTERRUPTION * (self.calls[place] % 4 == 0)
-            self.calls[place] += 1
-            self.ms += taken
-            end = self.real() + taken / 1e3
-            while self.real() < end:
-                pass
-
-        return wait

@@ -10,9 +10,9 @@ from siglip_lib.classroom.exercises import answered, exercise
 from siglip_lib.classroom.exercises.helpers import (
     ShapesMade,
     first_match,
-    is_number,
     is_tensor,
     near,
+    number,
     was_changed,
 )
 from siglip_lib.siglip.losses import sigmoid_loss
@@ -20,9 +20,9 @@ from siglip_lib.siglip.losses import sigmoid_loss
 
 @exercise("09.1")
 def balanced(answer) -> str | None:
-    found = answered(answer(8, 12, 10))
-    if not is_number(found):
-        return f"your function returns {found!r}; it must return a number"
+    returned = answered(answer(8, 12, 10))
+    if (found := number(returned)) is None:
+        return f"your function returns {returned!r}; it must return a number"
     right, square = math.log(10 / 86), -math.log(7)
     mistakes = {
         "the sign is wrong: there are more negatives than positives, so b is negative": -right,

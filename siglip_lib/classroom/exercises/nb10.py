@@ -8,9 +8,9 @@ import torch
 from siglip_lib.classroom.exercises import answered, exercise
 from siglip_lib.classroom.exercises.helpers import (
     first_match,
-    is_number,
     is_tensor,
     near,
+    number,
     was_changed,
 )
 
@@ -24,9 +24,9 @@ def start_loss(answer) -> str | None:
     for batch, bias in ((512, -10.0), (64, -2.0), (1, 0.5)):
         yes, no = _softplus(-bias), _softplus(bias)
         right = yes + (batch - 1) * no
-        found = answered(answer(batch, bias))
-        if not is_number(found):
-            return f"your function returns {found!r}; it must return a number"
+        returned = answered(answer(batch, bias))
+        if (found := number(returned)) is None:
+            return f"your function returns {returned!r}; it must return a number"
         if math.isclose(found, right, rel_tol=1e-6):
             continue
         mistakes = {
@@ -52,7 +52,7 @@ def recall_at(answer) -> str | None:
     )
     right = torch.tensor([0, 1, 1, 3])
     before = similarity.clone()
-    found = [_number(answered(answer(similarity, right, k))) for k in (1, 2, 3)]
+    found = [number(answered(answer(similarity, right, k))) for k in (1, 2, 3)]
     if None in found:
         return "the result must be one number"
     if was_changed(similarity, before):
@@ -65,8 +65,8 @@ def recall_at(answer) -> str | None:
         return "recall is a share between 0 and 1, not a number of queries or percent"
     if any(abs(a - b) > 1e-6 for a, b in zip(found, (0.25, 0.75, 1.0), strict=True)):
         return f"for ranks 1, 2, 3 and 2 your recall at 1, 2 and 3 is {found}; it must be [0.25, 0.75, 1.0]"
-    for bad in (math.nan, math.inf):
-        for place in ((0, 0), (0, 2)):
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in ((0, 0), (0, 2), (3, 1)):
             broken = similarity.clone()
             broken[place] = bad
             try:
@@ -75,12 +75,6 @@ def recall_at(answer) -> str | None:
                 continue
             return f"with a similarity of {bad} it must raise a ValueError"
     return None
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
-    return float(value) if isinstance(value, (int, float)) else None
 
 
 @exercise("10.3")
@@ -98,6 +92,7 @@ def ensemble(answer) -> str | None:
     if not is_tensor(found, 3, 5):
         return f"the result has shape {tuple(found.shape)}; of (4, 3, 5) it must be (3, 5)"
     same = partial(torch.allclose, atol=1e-6)
+    found = found.float()
     if same(found, right):
         return None
     mistakes = {

@@ -64,10 +64,11 @@ def keeping(answer) -> str | None:
         return "your function changed the weights that it was given"
     if not is_tensor(found, 2, 5):
         return "the result must be a tensor of shape (B, N)"
+    found = found.float()
     back, transposed = blocks[::-1], [weights.mT for weights in blocks[::-1]]
     same = partial(torch.allclose, atol=1e-6)
     if same(found, roll(back, 0.8)):
-        if not same(answer(blocks, pool, 1.0), pool.mean(1)[:, 0]):
+        if not same(answer(blocks, pool, 1.0).float(), pool.mean(1)[:, 0]):
             return "right for keep = 0.8, but keep = 1 does not give the pooling head's own map"
         return None
     mistakes = {

@@ -3,14 +3,10 @@
 Every tensor is the beginning of a larger memory, so that a kernel that leaves its tensor is seen and breaks nothing.
 """
 
-import ast
-import inspect
-import textwrap
-
 import torch
 
 from siglip_lib.classroom.exercises import Unanswered, exercise
-from siglip_lib.classroom.exercises.helpers import first_match
+from siglip_lib.classroom.exercises.helpers import first_match, has_no_code
 
 _MEMORY = 4096  # elements behind each pointer
 _GUARD = 7.0  # what stands there beyond the tensor
@@ -20,17 +16,17 @@ _GUARD = 7.0  # what stands there beyond the tensor
 def average_kernel(answer) -> str | None:
     if problem := _not_a_kernel(answer):
         return problem
-    for decay, size in ((0.75, 1000), (0.5, 77)):
-        if problem := _wrong_average(answer, decay, size):
+    for decay, size, block in ((0.75, 1000, 128), (0.5, 77, 128), (0.5, 700, 256)):
+        if problem := _wrong_average(answer, decay, size, block):
             return problem
     return None
 
 
-def _wrong_average(kernel, decay: float, size: int) -> str | None:
+def _wrong_average(kernel, decay: float, size: int, block: int) -> str | None:
     generator = torch.Generator().manual_seed(size)
     before, weight = torch.randn(2, size, generator=generator)
     average_memory, weight_memory = _memory(before), _memory(weight)
-    kernel[(-(-size // 128),)](average_memory, weight_memory, size, decay, BLOCK=128)
+    kernel[(-(-size // block),)](average_memory, weight_memory, size, decay, BLOCK=block)
     found, beyond = average_memory.cpu()[:size], average_memory.cpu()[size:]
     right = decay * before + (1 - decay) * weight
     exchanged = decay * weight + (1 - decay) * before
@@ -53,10 +49,11 @@ def _wrong_average(kernel, decay: float, size: int) -> str | None:
     if reason := first_match(found, mistakes, _same):
         return reason
     changed = found != before
-    if changed[:128].any() and not changed[128:].any() and size > 128:
+    if changed[:block].any() and not changed[block:].any() and size > block:
         return "only the first block changed; where is tl.program_id(0)?"
     if _same(found[changed], right[changed]):
-        return f"{int((~changed).sum())} of {size} averages did not change: does every place belong to one program?"
+        left = f"{int((~changed).sum())} of {size} averages did not change with a BLOCK of {block}"
+        return f"{left}: does every place belong to one program?"
     place = int((found - right).abs().nan_to_num(torch.inf).argmax())
     return f"average {before[place]:.3f}, weight {weight[place]:.3f}, decay {decay}: {found[place]:.3f} is wrong"
 
@@ -65,31 +62,33 @@ def _wrong_average(kernel, decay: float, size: int) -> str | None:
 def row_mean_kernel(answer) -> str | None:
     if problem := _not_a_kernel(answer):
         return problem
-    for rows, columns in ((5, 100), (3, 128)):
+    for rows, columns, block in ((5, 100, 128), (3, 128, 128), (3, 200, 256)):
         generator = torch.Generator().manual_seed(rows)
         x = torch.randn(rows, columns, generator=generator) + 1
         memory = _memory(x)
         out = torch.full((_MEMORY,), torch.nan, device=memory.device)
-        answer[(rows,)](memory, out, columns, BLOCK=128)
+        answer[(rows,)](memory, out, columns, BLOCK=block)
         found, flat = out.cpu(), memory.cpu()
         if not torch.equal(flat[: x.numel()], x.flatten()):
             return "the matrix changed; store the means where out_ptr points"
         if not found[rows:].isnan().all():
             return f"there are {rows} means, and more numbers were stored"
-        if problem := _wrong_means(found[:rows], x, flat):
+        if problem := _wrong_means(found[:rows], x, flat, block):
             return problem
     return None
 
 
-def _wrong_means(found: torch.Tensor, x: torch.Tensor, flat: torch.Tensor) -> str | None:
+def _wrong_means(
+    found: torch.Tensor, x: torch.Tensor, flat: torch.Tensor, block: int
+) -> str | None:
     rows, columns = x.shape
-    unmasked = torch.stack([flat[row * columns :][:128] for row in range(rows)]).sum(1)
-    strided = torch.stack([flat[row * 128 :][:columns] for row in range(rows)])
+    unmasked = torch.stack([flat[row * columns :][:block] for row in range(rows)]).sum(1)
+    strided = torch.stack([flat[row * block :][:columns] for row in range(rows)])
     mistakes = {
         "that is the sum; divide it by the number of columns": x.sum(1),
-        "divide by columns, not by BLOCK: masked places are no columns": x.sum(1) / 128,
+        "divide by columns, not by BLOCK: masked places are no columns": x.sum(1) / block,
         "places beyond the row were added: mask the load, with other=0.0": unmasked / columns,
-        "places beyond the row were added, and counted: mask the load": unmasked / 128,
+        "places beyond the row were added, and counted: mask the load": unmasked / block,
         "row r begins at r * columns, not at r * BLOCK": strided.mean(1),
         "every program read row 0; where is tl.program_id(0)?": x[:1].mean(1).expand(rows),
     }
@@ -114,7 +113,7 @@ def softmax_kernel(answer) -> str | None:
         return problem
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 100, generator=generator)
-    found, out, flat = _launch_softmax(answer, x)
+    found, out, flat = _launch_softmax(answer, x, 128)
     if found.isnan().all():
         return "nothing was stored, or all of it is nan"
     strided = torch.stack([out[row * 128 :][:100] for row in range(5)])
@@ -128,16 +127,17 @@ def softmax_kernel(answer) -> str | None:
         (300.0, "right for small scores; large ones overflow: take the row's maximum off first"),
         (-300.0, "wrong for a row of negative scores: no masked place may be the maximum"),
     ):
-        found, *_ = _launch_softmax(answer, x + shift)
+        found, *_ = _launch_softmax(answer, x + shift, 128)
         if not _same(found, (x + shift).softmax(1)):
             return reason
-    wide = torch.randn(3, 128, generator=generator)
-    if not _same(_launch_softmax(answer, wide)[0], wide.softmax(1)):
-        return "right for 100 columns in a block of 128, wrong for 128"
+    for columns, block in ((128, 128), (200, 256)):
+        wide = torch.randn(3, columns, generator=generator)
+        if not _same(_launch_softmax(answer, wide, block)[0], wide.softmax(1)):
+            return f"right for 100 columns in a block of 128, wrong for {columns} in one of {block}"
     low = x.bfloat16()
     reason = "right in float32, wrong in bfloat16: cast to float32 right after the load"
     try:
-        found, *_ = _launch_softmax(answer, low)
+        found, *_ = _launch_softmax(answer, low, 128)
     except Exception as error:
         return f"{reason} ({type(error).__name__})"
     if not torch.allclose(found.float(), low.float().softmax(1), rtol=1e-2, atol=1e-4):
@@ -145,11 +145,13 @@ def softmax_kernel(answer) -> str | None:
     return None
 
 
-def _launch_softmax(kernel, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _launch_softmax(
+    kernel, x: torch.Tensor, block: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the result (rows, columns), the whole memory that it stands in, and that of x."""
     memory = _memory(x)
     out = torch.full_like(memory, torch.nan)
-    kernel[(len(x),)](memory, out, x.shape[1], BLOCK=128)
+    kernel[(len(x),)](memory, out, x.shape[1], BLOCK=block)
     out = out.cpu()
     return out[: x.numel()].reshape(x.shape), out, memory.cpu()
 
@@ -185,17 +187,7 @@ def _not_a_kernel(answer) -> str | None:
     """What keeps an answer from being launched; raises Unanswered for an untouched one."""
     if not hasattr(answer, "fn") or not hasattr(answer, "run"):
         return "that is no kernel: the line above def must be @triton.jit"
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(answer.fn)))
-    except (OSError, TypeError):
-        return None
-    rest = [
-        node
-        for node in tree.body[0].body
-        if not isinstance(node, ast.Pass)
-        and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-    ]
-    if not rest:
+    if has_no_code(answer.fn):
         raise Unanswered
     return None
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from siglip_lib.classroom.exercises import answered, exercise
-from siglip_lib.classroom.exercises.helpers import ShapesMade, first_match, is_number, is_tensor
+from siglip_lib.classroom.exercises.helpers import ShapesMade, first_match, is_tensor, number
 
 
 def _part(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,9 +89,12 @@ def resident(answer) -> str | None:
         (100, 256, 128, 114, 128, 1),
         (32, 64, 64, 16, 64, 1),
     ]
-    found = [answered(answer(*cases[0])), *(answer(*case) for case in cases[1:])]
-    if not all(map(is_number, found)):
-        return f"your function returns {found[0]!r}; it must return a number"
+    found = []
+    for case in cases:
+        returned = answered(answer(*case)) if case == cases[0] else answer(*case)
+        if (one := number(returned)) is None:
+            return f"your function returns {returned!r}; it must return a number"
+        found.append(one)
     if found == [_resident(*case) for case in cases]:
         return None
     no_files = dict(files=False)
@@ -141,6 +144,8 @@ def causal(answer) -> str | None:
         found = answered(answer(q, k, v, scale, block))
     if not is_tensor(found, 23, 4):
         return "the result must be the output, a tensor (N, D)"
+    if found.dtype != q.dtype:
+        return f"the output is in {found.dtype}, and q, k and v are in {q.dtype}"
     s, number = scale * q @ k.T, torch.arange(23)
 
     def masked(forbidden: Tensor, by: float = -math.inf) -> Tensor:

@@ -1,5 +1,6 @@
 """Checks of notebook 14, many GPUs."""
 
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from siglip_lib.classroom.exercises import answered, exercise
-from siglip_lib.classroom.exercises.helpers import first_match, is_number, is_pair, is_tensor, near
+from siglip_lib.classroom.exercises.helpers import first_match, is_tensor, near, number, two_numbers
 from siglip_lib.siglip.losses import sigmoid_loss
 
 
@@ -17,11 +18,12 @@ def meets(answer) -> str | None:
     def hops(hop: Callable[[int, int], object]) -> list[list[object]]:
         return [[hop(i, j) for j in range(5)] for i in range(5)]
 
-    found = hops(lambda i, j: answered(answer(i, j, 5)))
+    returned = hops(lambda i, j: answered(answer(i, j, 5)))
+    found = [[*map(number, row)] for row in returned]
     right = hops(lambda i, j: (i - j) % 5)
-    for hop in (hop for row in found for hop in row):
-        if isinstance(hop, bool) or not isinstance(hop, int):
-            return f"your function returns {hop!r}; a hop is an integer"
+    for i, j in itertools.product(range(5), repeat=2):
+        if not isinstance(found[i][j], int):
+            return f"your function returns {returned[i][j]!r}; a hop is an integer"
     if found == right:
         if answer(1, 6, 7) != 2:
             return "right for 5 ranks, but not for 7: is a number fixed in your code?"
@@ -43,11 +45,9 @@ def meets(answer) -> str | None:
 
 @exercise("14.2")
 def sent(answer) -> str | None:
-    found = answered(answer(4, 100, 8))
-    if not is_pair(found):
-        return "the result must be two numbers: bytes of the ring, bytes of the all-gather"
-    if not all(map(is_number, found)):
-        return f"your function returns {found!r}; it must return two numbers"
+    returned = answered(answer(4, 100, 8))
+    if (found := two_numbers(returned)) is None:
+        return f"your function returns {returned!r}; it must return two numbers: bytes of the ring, of the all-gather"
     ring, gathered = found
     texts, gradients = 2 * 100 * 8, 4 * 100 * 8  # bytes of a block
     both = texts + gradients
