@@ -202,10 +202,10 @@ class Backend:
     sure: tuple[str, ...] = ("meta",)  # devices on which it runs if nothing speaks against it
 
 
-# The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, geometric means of 17
-# cases, forward and with backward. triton 5.35; cuDNN 5.33; flash-attn 3.58; sdpa 3.41, as it chooses where cuDNN
-# can't run; xformers 1.73 with the kernel that it has left without flash-attn. Which of the first two leads depends on
-# the case.
+# The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, geometric means of 20
+# cases, forward and with backward, replayed from CUDA graphs. triton 5.13; cuDNN 5.13; flash-attn 3.40; sdpa 3.24, as it
+# chooses where cuDNN can't run; xformers 1.65 with the kernel that it has left without flash-attn. Which of the first
+# two leads depends on the case.
 BACKENDS = {
     "triton": Backend(
         _triton,
@@ -227,10 +227,10 @@ BACKENDS = {
     ),
 }
 
-# On an H200, triton against cuDNN at these head_dims: 8 and 64 times 729 tokens, 0 to 7 % ahead forward and 7 to 13 %
-# with backward; 8 times 512, level; from 1024 tokens on, 3 to 6 % behind forward, within 2 % with backward; 64 times
-# 256, 8 to 10 % behind forward and 3 % ahead with backward. Smaller work waits for Python to launch it, which those
-# figures, of CUDA graphs but for the largest batch, leave out.
+# There, triton against cuDNN at these head_dims: 8 and 64 times 729 tokens, 1 to 7 % ahead forward and 7 to 13 % with
+# backward; 8 times 512, level; from 1024 tokens on, 4 to 5 % behind forward, within 2 % with backward; 64 times 256,
+# 10 % behind forward and level with backward. Smaller work waits for Python to launch it, which replayed calls leave
+# out; launched, triton loses there.
 LARGE = 10e9  # FLOP forward, half of what one layer of SO400M takes for 8 pictures
 LONG = 1024  # tokens
 _TRITON_FIRST = (64, 72, 80)
