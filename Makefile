@@ -11,7 +11,8 @@ NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.
 lab: $(VENV)/ready
 	@exec .ci/lab $(BIN) $(PORT)
 
-test: lint unit notebooks
+test: lint  ## unit tests and notebooks in one run, so that no core waits between them
+	$(BIN)/pytest $(SHARE) $(NBVAL) --each-twice --durations=10 notebooks tests
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache --no-logo

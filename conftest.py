@@ -69,19 +69,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def _measured_seconds(path: Path) -> float:
-    """How long a notebook took when it was measured; 0 for other files."""
+# the unit tests that take longest, in seconds of a core
+LONGEST = {
+    "test_train_distributed.py": 60,
+    "test_kernels_compiled.py": 35,
+    "test_mutate.py": 33,
+    "test_nbval_guard.py": 33,
+    "test_train.py": 31,
+    "test_backends.py": 28,
+    "test_exercises.py": 27,
+    "test_variants.py": 25,
+    "test_checkpoints.py": 22,
+    "test_browser.py": 19,
+    "test_siglip.py": 19,
+    "test_vision_transformer.py": 15,
+    "test_kernels_residual.py": 14,
+    "test_kernels_sampler.py": 12,
+    "test_wheel.py": 12,
+    "test_block.py": 12,
+}
+
+
+def _seconds(path: Path) -> float:
+    """About how long a file takes: a notebook as it was measured, twice; 0 for what is quick."""
     if path.suffix != ".ipynb":
-        return 0
+        return LONGEST.get(path.name, 0)
     metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
-    return metadata.get("measured", {}).get("cpu", {}).get("seconds", 0)
+    return 2 * metadata.get("measured", {}).get("cpu", {}).get("seconds", 0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (
-        "PYTEST_XDIST_WORKER" in os.environ
-    ):  # the longest notebook first: then no worker waits long at the end
-        seconds = {path: _measured_seconds(path) for path in {item.path for item in items}}
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # the longest file first: then no worker waits long at the end
+        seconds = {path: _seconds(path) for path in {item.path for item in items}}
         items.sort(key=lambda item: -seconds[item.path])
     if not config.option.each_twice:
         return

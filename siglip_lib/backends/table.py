@@ -203,9 +203,9 @@ class Backend:
 
 
 # The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, geometric means of 20
-# cases, forward and with backward, replayed from CUDA graphs. triton 5.13; cuDNN 5.13; flash-attn 3.40; sdpa 3.24, as it
-# chooses where cuDNN can't run; xformers 1.65 with the kernel that it has left without flash-attn. Which of the first
-# two leads depends on the case.
+# cases, forward and with backward, replayed from CUDA graphs. triton 5.13; cuDNN 5.13; flash-attn 3.40; sdpa 3.24, as
+# it chooses where cuDNN can't run; xformers 1.65 with the kernel that it has left without flash-attn. Which of the
+# first two leads depends on the case.
 BACKENDS = {
     "triton": Backend(
         _triton,
