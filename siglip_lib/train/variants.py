@@ -203,7 +203,12 @@ def runs_table(runs: Mapping[Hashable, Runs]) -> str:
 
 
 def lowest_loss(runs: Mapping[Hashable, Runs]) -> str:
-    """Name the variant with the lowest final loss, and those that are level with it, as ``runs_table`` says."""
+    """Name the variant with the lowest final loss, and those that are level with it, as ``runs_table`` says.
+
+    One seed has no spread, so nobody is named.
+    """
+    if any(len(found.final_loss) < 2 for found in runs.values()):
+        return "one seed does not tell"
     order = sorted(runs, key=lambda name: runs[name].final_loss.mean().nan_to_num(math.inf).item())
     best = runs[order[0]].final_loss
     level = (name for name in order[1:] if _verdict(runs[name].final_loss, best) == "level")
