@@ -1,4 +1,7 @@
-"""One block of SigLIP's loss: of some images and some texts, the loss of each pair and its gradients."""
+"""One block of SigLIP's loss: of some images and some texts, the loss of each pair and its gradients.
+
+Below it stands what CLIP's loss in blocks uses as well: the matrix products, and their dtypes.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +40,8 @@ def sigmoid_loss_block(
     Returns:
         The sum of the loss over the pairs, shape (), and its derivative by the bias, shape (), 0 if ``sums`` is None.
     """
-    dots = _product(image, text.t())  # (b, m)
-    # Of a pair with logit -18 or less float16 would make a derivative of 0. In units of 2**-15 it reaches down to -27,
-    # and what was at most 1 is at most 32768, which it still holds.
-    unit = 2.0**-15 if image.dtype == torch.float16 else 1.0
+    dots = product(image, text.t())  # (b, m)
+    unit = unit_of(image.dtype)
     dtype = None if sums is None else image.dtype  # the products need one dtype
     large = dots.dtype == torch.float32 and dots.numel() >= _LARGE
     if large and takes_kernel(dots):
@@ -50,9 +51,7 @@ def sigmoid_loss_block(
     loss, d_bias, d_logits = of_pairs(dots, scale, bias, positive, dtype, unit)
     del dots  # its memory is needed
     if sums is not None:
-        d_image, d_text = sums
-        d_image.add_(_product(d_logits, text), alpha=unit)
-        d_text.add_(_product(d_logits.t(), image), alpha=unit)
+        add_gradients(d_logits, image, text, sums)
     return loss, d_bias
 
 
@@ -89,11 +88,38 @@ def _change_sign(x: Tensor, positive: int | Tensor) -> Tensor:
     return x.addcmul_(x, positive, value=-2)  # x - 2x, without a second matrix of x's dtype
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` in float32, or float64 if they are. In half precision only a GPU can do so."""
+def add_gradients(
+    d_logits: Tensor, image: Tensor, text: Tensor, sums: tuple[Tensor, Tensor]
+) -> None:
+    """Add to ``sums``, as ``sigmoid_loss_block`` has them, what the derivatives (b, m) by a block's logits make.
+
+    ``d_logits`` has the dtype of the vectors and is in units of ``unit_of``.
+    """
+    d_image, d_text = sums
+    unit = unit_of(d_logits.dtype)
+    d_image.add_(product(d_logits, text), alpha=unit)
+    d_text.add_(product(d_logits.t(), image), alpha=unit)
+
+
+def unit_of(dtype: torch.dtype) -> float:
+    """Return the unit in which derivatives by logits are rounded to ``dtype``; they are at most 1.
+
+    Of a pair with logit -18 or less float16 would make a derivative of 0. In units of 2**-15 it reaches down to -27,
+    and what was at most 1 is at most 32768, which it still holds.
+    """
+    return 2.0**-15 if dtype == torch.float16 else 1.0
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` in float32, or float64 if they are. ``product_dtype`` says who has such a product."""
     if a.dtype == wide_dtype(a):
         return a @ b
     return torch.mm(a, b, out_dtype=wide_dtype(a))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which vectors ``x`` are multiplied: a CPU has no float32 product of half precision."""
+    return x.dtype if x.is_cuda else wide_dtype(x)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What the sigmoid loss on one process and on many share: the arguments, the sums over blocks, the backward pass."""
+"""What the losses in blocks share: the arguments, the sums over blocks, the backward pass."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from siglip_lib.base.checks import INTEGERS, check_tensor
-from siglip_lib.siglip.loss_block import sigmoid_loss_block, wide_dtype
+from siglip_lib.siglip.loss_block import product_dtype, sigmoid_loss_block, wide_dtype
 
 
 class Pairs(NamedTuple):
@@ -23,88 +23,109 @@ class Pairs(NamedTuple):
 
     def recorded(self) -> bool:
         """Whether autograd wants the gradient by any of these."""
-        return torch.is_grad_enabled() and any(x.requires_grad for x in self[:4])
+        return _is_recorded(self[:4])
+
+
+def _is_recorded(learned: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in learned)
 
 
 def loss_with_gradients(
-    pairs: Pairs, compute: Callable[[Pairs, bool], tuple[Tensor, ...]]
+    learned: tuple[Tensor, ...],
+    compute: Callable[[tuple[Tensor, ...], bool], tuple[Tensor, ...]],
 ) -> Tensor:
     """Return the loss that ``compute`` gives; autograd gets the gradients that it forms beside it.
 
-    ``compute`` takes the pairs, with ``logit_scale`` and ``logit_bias`` of shape (), and whether gradients are wanted.
-    It returns what ``LossSums.loss_and_gradients`` does.
+    ``learned`` are image, text and scalars. ``compute`` takes them, the scalars with shape (), and whether gradients
+    are wanted. It returns what ``GradientSums.after`` does: the loss, and a gradient for each.
     """
-    image, text, scale, bias, *ids = pairs
-    pairs = Pairs(image, text, scale.reshape(()), bias.reshape(()), *ids)
-    recorded = pairs.recorded()
+    image, text, *scalars = learned
+    learned = image, text, *(x.reshape(()) for x in scalars)
+    recorded = _is_recorded(learned)
     with torch.autocast(image.device.type, enabled=False):
         with torch.no_grad():
-            loss, *gradients = compute(pairs, recorded)
-        return _KnownGradients.apply(loss, *gradients, *pairs[:4]) if recorded else loss
+            loss, *gradients = compute(learned, recorded)
+        return _KnownGradients.apply(loss, *gradients, *learned) if recorded else loss
 
 
 class _KnownGradients(torch.autograd.Function):
     """A loss whose gradients are known in the forward pass; the backward pass only multiplies them."""
 
     @staticmethod
-    def forward(ctx, loss, d_image, d_text, d_scale, d_bias, *learned):
+    def forward(ctx, loss, *gradients_and_learned):
+        half = len(gradients_and_learned) // 2
         # kept in float32: a gradient scaler's factor comes in first, then the rounding to float16
-        ctx.save_for_backward(d_image, d_text, d_scale, d_bias)
-        ctx.dtypes = [x.dtype for x in learned]
+        ctx.save_for_backward(*gradients_and_learned[:half])
+        ctx.dtypes = [x.dtype for x in gradients_and_learned[half:]]
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, incoming):
-        saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[5:], strict=True)
+        known = len(ctx.dtypes)
+        needs = ctx.needs_input_grad[1 + known :]
+        saved = zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
         found = [(x * incoming).to(dtype) if needed else None for x, dtype, needed in saved]
-        return *[None] * 5, *found
+        return *[None] * (1 + known), *found
 
 
-class LossSums:
-    """The loss of some images and its gradients, added up block by block.
+class GradientSums:
+    """A loss's vectors, and its gradients by them, added up block by block.
 
     Attributes:
         image: the images' vectors (B, D), in the dtype in which they are multiplied.
         text: the texts' vectors (M, D), in the same.
+        scale: the temperature itself, shape (), in ``wide_dtype``.
         d_image: the sum for the images, see ``sigmoid_loss_block``: (B, D) in ``wide_dtype``; (B, 0) if no gradients
             are wanted.
         d_text: the sum for the texts, (M, D) or (M, 0).
     """
 
-    def __init__(self, pairs: Pairs, with_gradients: bool) -> None:
-        wide = wide_dtype(pairs.image)
-        # a CPU's matrix product has no float32 result for half precision
-        dtype = pairs.image.dtype if pairs.image.is_cuda else wide
-        self.image, self.text = pairs.image.to(dtype), pairs.text.to(dtype)
-        self._scale, self._bias = pairs.logit_scale.to(wide).exp(), pairs.logit_bias.to(wide)
+    def __init__(
+        self, image: Tensor, text: Tensor, logit_scale: Tensor, with_gradients: bool
+    ) -> None:
+        wide, dtype = wide_dtype(image), product_dtype(image)
+        self.image, self.text = image.to(dtype), text.to(dtype)
+        self.scale = logit_scale.to(wide).exp()
         self._with_gradients = with_gradients
         self.d_image, self.d_text = (
             torch.zeros(len(x), x.shape[1] if with_gradients else 0, dtype=wide, device=x.device)
-            for x in (self.image, self.text)
+            for x in (image, text)
         )
+
+    def after(self, loss: Tensor, *d_scalars: Tensor) -> tuple[Tensor, ...]:
+        """Return the loss, its gradients by image, text and logit_scale, and ``d_scalars``, those by other scalars.
+
+        It can be called once, as the sums are changed. If no gradients are wanted, zeros of shape () stand for them.
+        """
+        if not self._with_gradients:
+            return loss, *(torch.zeros_like(loss) for _ in range(3 + len(d_scalars)))
+        images = len(self.image)
+        self.d_image *= self.scale / images
+        self.d_text *= self.scale / images
+        # the sum over all pairs of d_logits * exp(logit_scale) * image @ text.T; d_image holds all but the image
+        d_scale = (self.d_image * self.image).sum()
+        return loss, self.d_image, self.d_text, d_scale, *d_scalars
+
+
+class LossSums(GradientSums):
+    """SigLIP's loss of some images and its gradients, added up block by block."""
+
+    def __init__(self, pairs: Pairs, with_gradients: bool) -> None:
+        super().__init__(pairs.image, pairs.text, pairs.logit_scale, with_gradients)
+        self._bias = pairs.logit_bias.to(self.scale.dtype)
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, rows: slice, text: Tensor, positive: int | Tensor, d_text: Tensor) -> None:
         """Add the pairs of the images ``rows`` and the texts (m, D), and to ``d_text`` the sum for these texts."""
         sums = (self.d_image[rows], d_text) if self._with_gradients else None
-        block = self.image[rows], text, self._scale, self._bias, positive, sums
+        block = self.image[rows], text, self.scale, self._bias, positive, sums
         self._parts.append(sigmoid_loss_block(*block))
 
-    def loss_and_gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return the loss and its gradients by image, text, logit_scale and logit_bias; once, as the sums are changed.
-
-        If no gradients are wanted, zeros of shape () stand for them.
-        """
-        images, parts = len(self.image), zip(*self._parts, strict=True)
-        loss, d_bias = (torch.stack(values).sum() / images for values in parts)
-        if not self._with_gradients:
-            return loss, *(torch.zeros_like(loss) for _ in range(4))
-        self.d_image *= self._scale / images
-        self.d_text *= self._scale / images
-        # the sum over all pairs of d_logits * exp(logit_scale) * image @ text.T; d_image holds all but the image
-        d_scale = (self.d_image * self.image).sum()
-        return loss, self.d_image, self.d_text, d_scale, d_bias
+    def loss_and_gradients(self) -> tuple[Tensor, ...]:
+        """Return the loss and its gradients by image, text, logit_scale and logit_bias, as ``after`` does."""
+        parts = zip(*self._parts, strict=True)
+        return self.after(*(torch.stack(values).sum() / len(self.image) for values in parts))
 
 
 def check_pairs(pairs: Pairs) -> None:

@@ -1,4 +1,10 @@
-"""What a batch of image and text vectors is trained on: SigLIP's loss in blocks, and CLIP's to compare with."""
+"""What a batch of image and text vectors is trained on: SigLIP's loss in blocks, and CLIP's to compare with.
+
+Neither has to hold the matrix of logits. They differ in what a block needs. SigLIP's loss of a block, and its
+gradients, need the block's own images and texts: one pass over the blocks does it, and over many GPUs only texts and
+their gradients travel. CLIP's need the sums of whole rows and columns: a pass for these, one for the gradients, and
+over many GPUs an exchange of the sums in between.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +20,7 @@ from siglip_lib.siglip.loss_pairs import (
     check_pairs,
     loss_with_gradients,
 )
+from siglip_lib.siglip.softmax_blocks import softmax_by_blocks
 
 _CHUNK = 4096  # blocks of 8192 take half the time on an H200 and three times the memory
 
@@ -31,6 +38,20 @@ def plain_sigmoid_loss(image, text, logit_scale, logit_bias, image_ids=None, tex
     logits = logit_scale.exp() * image @ text.t() + logit_bias  # (B, M)
     z = 2 * (image_ids[:, None] == text_ids).to(logits.dtype) - 1  # 1 and -1
     return -F.logsigmoid(z * logits).sum() / len(image)
+
+
+def plain_softmax_loss(image, text, logit_scale):
+    """Return CLIP's loss in ten lines: what ``softmax_loss`` must equal.
+
+    It holds the B x B logits, in float32 or float64, and more matrices of their size for autograd; it checks nothing.
+    Arguments are those of ``softmax_loss``.
+
+    Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), figure 3.
+    """
+    image, text, logit_scale = (x.to(wide_dtype(image)) for x in (image, text, logit_scale))
+    logits = logit_scale.exp() * (image @ text.t())  # (B, B)
+    right = torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.t(), right)) / 2
 
 
 def sigmoid_loss(
@@ -81,34 +102,54 @@ def sigmoid_loss(
     chunk = _CHUNK if chunk is None else positive_int("chunk", chunk)
     # compiled code takes an operator of its own, as it would unroll the loops
     compiled = torch.compiler.is_compiling()
-    blocks = torch.ops.siglip_lib.sigmoid_loss if compiled else _loss_and_gradients_by_blocks
-    return loss_with_gradients(pairs, lambda given, wanted: blocks(*given, chunk, wanted))
+    blocks = torch.ops.siglip_lib.sigmoid_loss if compiled else _sigmoid_by_blocks
+    ids = image_ids, text_ids
+    return loss_with_gradients(
+        pairs[:4], lambda learned, wanted: blocks(*learned, *ids, chunk, wanted)
+    )
 
 
-def softmax_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+def softmax_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor, *, chunk: int | None = None
+) -> Tensor:
     """Return CLIP's loss: each image picks its text among all of the batch, and each text its image.
 
     With ``logits = exp(logit_scale) * image @ text.T`` it is the mean of two cross entropies, along the rows and along
-    the columns, the diagonal being right. A softmax needs its whole row or column before it knows any gradient, so
-    this form holds the B x B logits and more matrices of their size. It is here to compare with.
+    the columns, the diagonal being right. It is here to compare with.
 
-    Arguments, result and errors are those of ``sigmoid_loss``: image and text vectors (B, D), of length 1 in CLIP, and
-    the log of the temperature; the logits are float32, or float64 if the vectors are, also under autocast.
+    As in ``sigmoid_loss`` only a block of the logits is held at a time, the gradients are formed in the forward pass,
+    and nothing waits for a value on a GPU. A pair's gradient depends on the sums of its whole row and column, so there
+    are two passes over the blocks: one for the sums, and if a gradient is recorded one for the gradients. The second
+    makes each block's logits anew, and so computes four matrix products a block where ``sigmoid_loss`` has three.
 
-    Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), figure 3.
+    Args:
+        image: image vectors (B, D), of length 1 in CLIP; float16, bfloat16, float32 or float64.
+        text: text vectors (B, D) of the same dtype; image i belongs to text i alone.
+        logit_scale: log of the temperature, shape () or (1,), one of the four dtypes.
+        chunk: images, and texts, of a block; 4096 if None.
+
+    Returns:
+        The loss, shape (); dtypes and rounding, also of the gradients, are those of ``sigmoid_loss``.
+
+    Raises:
+        TypeError, ValueError: as ``sigmoid_loss`` without ids.
+
+    Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision (2021), figure 3;
+    Cheng et al., Breaking the Memory Barrier: Near Infinite Batch Size Scaling for Contrastive Loss (2024), for the
+    blocks.
     """
     check_learned(image, text, logit_scale=logit_scale)
     if len(text) != len(image):
         raise ValueError(f"text has {len(text)} rows; it must have {len(image)}, as image has")
-    logit_scale = logit_scale.reshape(())
-    wide = wide_dtype(image)
-    with torch.autocast(image.device.type, enabled=False):
-        logits = logit_scale.to(wide).exp() * (image.to(wide) @ text.to(wide).t())  # (B, B)
-        right = torch.arange(len(image), device=image.device)
-        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.t(), right)) / 2
+    chunk = _CHUNK if chunk is None else positive_int("chunk", chunk)
+    compiled = torch.compiler.is_compiling()
+    blocks = torch.ops.siglip_lib.softmax_loss if compiled else softmax_by_blocks
+    return loss_with_gradients(
+        (image, text, logit_scale), lambda learned, wanted: blocks(*learned, chunk, wanted)
+    )
 
 
-def _loss_and_gradients_by_blocks(
+def _sigmoid_by_blocks(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
     image_ids: Tensor | None, text_ids: Tensor | None, chunk: int, with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -125,9 +166,20 @@ def _loss_and_gradients_by_blocks(
     return sums.loss_and_gradients()
 
 
-def _fake(image, text, logit_scale, logit_bias, image_ids, text_ids, chunk, with_gradients):
-    shapes = ((), image.shape, text.shape, (), ()) if with_gradients else ((),) * 5
+def _fake_sigmoid(image, text, scale, bias, image_ids, text_ids, chunk, with_gradients):
+    return _fake_results(image, text, 2, with_gradients)
+
+
+def _fake_softmax(image, text, scale, chunk, with_gradients):
+    return _fake_results(image, text, 1, with_gradients)
+
+
+def _fake_results(image: Tensor, text: Tensor, scalars: int, with_gradients: bool):
+    vectors = (image.shape, text.shape) if with_gradients else ((), ())
+    shapes = (), *vectors, *[()] * scalars
     return tuple(image.new_empty(shape, dtype=wide_dtype(image)) for shape in shapes)
 
 
-register_operator(operators_of(__name__), "sigmoid_loss", _loss_and_gradients_by_blocks, _fake)
+_operators = operators_of(__name__)
+register_operator(_operators, "sigmoid_loss", _sigmoid_by_blocks, _fake_sigmoid)
+register_operator(_operators, "softmax_loss", softmax_by_blocks, _fake_softmax)

@@ -73,7 +73,11 @@ def ring_sigmoid_loss(
     """
     pairs = Pairs(image, text, logit_scale, logit_bias, image_ids, text_ids)
     _check_all_ranks(pairs, chunk, group)
-    return loss_with_gradients(pairs, lambda *given: _loss_and_gradients(*given, chunk, group))
+    ids = image_ids, text_ids
+    return loss_with_gradients(
+        pairs[:4],
+        lambda learned, wanted: _loss_and_gradients(Pairs(*learned, *ids), wanted, chunk, group),
+    )
 
 
 def _loss_and_gradients(
