@@ -119,7 +119,7 @@ def _run(
     found: dict[str, Tensor] = {}
 
     def keep(part: str, x: Tensor) -> Tensor:
-        found[part] = x.clone()
+        found[part] = x
         return x
 
     inner = check_tower(tower, pixels)
