@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from siglip_lib.evaluate.pointing_game import chance, make_scenes, pointing
+from siglip_lib.evaluate.pointing_game import chance, make_scenes, mix_patches, pointing
 from siglip_lib.evaluate.retrieval import Share
 
 
@@ -232,3 +232,77 @@ def test_rounding_decides_no_tie():
     maps[:, 0, 0], maps[0, 1, 1], maps[1, 1, 1] = 1.0, 1 - 1e-6, 0.99
     box = torch.tensor([[0.0, 0.0, 4.0, 4.0]]).expand(2, 4)
     assert [pointing(maps[i : i + 1] * 1e3 + 5e3, box[:1], 8).hits for i in (0, 1)] == [0, 1]
+
+
+# --- controls: scenes off the cells, and patches of other scenes ---
+
+
+def test_a_shift_moves_the_same_scene_and_keeps_what_is_whole():
+    pictures, concept = rectangles(12)
+    options = {"grid": 3, "size": 192}
+    plain = make_scenes(pictures, concept, 20, **options, generator=generator())
+    moved = make_scenes(pictures, concept, 20, **options, shift=24, generator=generator())
+    assert torch.equal(moved.pixels[:, :, 24:, 24:], plain.pixels[:, :, :-24, :-24])
+    assert torch.equal(moved.pixels[:, :, :24, 24:], plain.pixels[:, :, -24:, :-24])
+    assert torch.equal(moved.pixels[:, :, 24:, :24], plain.pixels[:, :, :-24, -24:])
+    whole = [0, 1, 3, 4]
+    assert torch.equal(moved.boxes, plain.boxes[:, whole] + 24)
+    assert torch.equal(moved.concept, plain.concept[:, whole])
+    for pixels, boxes, shown in zip(moved.pixels, moved.boxes, moved.concept, strict=True):
+        for (x0, y0, x1, y1), c in zip(boxes.int().tolist(), shown.tolist(), strict=True):
+            green = pixels[1, y0:y1, x0:x1]
+            torch.testing.assert_close(green, torch.full_like(green, 10 * c / 255 * 2 - 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shift": -1}, "shift=-1 must be at least 0"),
+        ({"shift": 32}, "shift=32 must be below a cell's 32 pixels"),
+        ({"shift": 1, "grid": 1}, "shift=1 must be below a cell's 64 pixels, and 0 where grid=1"),
+    ],
+)
+def test_shifts_refuse(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_scenes(PICTURES, CONCEPT, 2, generator=generator(), **options)
+
+
+def numbered(count: int) -> torch.Tensor:
+    """Pictures of 3 x 4 patches, 8 by 4 pixels each, whose pixels are all different."""
+    return torch.arange(count * 3 * 24 * 16, dtype=torch.float32).view(count, 3, 24, 16)
+
+
+@pytest.mark.parametrize("count", [3, 7, 13, 40])
+def test_every_patch_of_a_hybrid_is_of_another_picture_and_the_same_place(count):
+    pixels = numbered(count)
+    mixed = mix_patches(pixels, (8, 4), generator=generator())
+    assert mixed.shape == pixels.shape
+    sources = []
+    for y in range(0, 24, 8):
+        for x in range(0, 16, 4):
+            there = (slice(None), slice(None), slice(y, y + 8), slice(x, x + 4))
+            same = (mixed[there][:, None] == pixels[there]).flatten(2).all(2)  # (hybrid, picture)
+            assert (same.sum(0) == 1).all()
+            assert (same.sum(1) == 1).all()
+            assert not same.diag().any()
+            sources.append(same.int().argmax(1))
+    for row in torch.stack(sources, 1):
+        times = row.bincount(minlength=count)
+        assert times.max() == -(-12 // (count - 1))  # as evenly as can be
+    assert torch.equal(mix_patches(pixels, (8, 4), generator=generator()), mixed)
+    if count > 3:
+        assert not torch.equal(mix_patches(pixels, (8, 4), generator=generator(1)), mixed)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "patch", "message"),
+    [
+        (numbered(2), 8, "pixels holds 2 pictures; hybrids need at least 3"),
+        (numbered(3), 7, "patch_size=7 must divide 24 x 16 pixels"),
+        (numbered(3), (8, 5), "patch_size=(8, 5) must divide 24 x 16 pixels"),
+        (numbered(3)[0], 8, "pixels has shape (3, 24, 16); it must be (B, C, H, W)"),
+    ],
+)
+def test_hybrids_refuse(pixels, patch, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mix_patches(pixels, patch, generator=generator())

@@ -39,7 +39,7 @@ def pool_attention(tower: VisionTransformer, pixels: Tensor) -> Tensor:
         ValueError: the tower has no pooling head or is a stage of a pipeline, or the pictures' shape is wrong.
     """
     with evaluation_mode(check_tower(tower, pixels), pixels) as tower:
-        *_, pool = _weights(tower, pixels)
+        *_, pool = layer_weights(tower, pixels)
     return _on_grid(tower, pixels, pool.mean(1)[:, 0])
 
 
@@ -56,7 +56,7 @@ def rollout(tower: VisionTransformer, pixels: Tensor) -> Tensor:
     the last block's class token reads; here it is the pooling head.
     """
     with evaluation_mode(check_tower(tower, pixels), pixels) as tower:
-        *blocks, pool = _weights(tower, pixels)
+        *blocks, pool = layer_weights(tower, pixels)
         read = F.pad(pool.mean(1), (tower.num_prefix_tokens, 0))  # (B, 1, prefix + N)
         for weights in reversed(blocks):
             read = (read @ weights.mean(1) + read) / 2
@@ -265,6 +265,14 @@ def evaluation_mode(tower: VisionTransformer, pixels: Tensor) -> Iterator[Vision
             module.training = training
 
 
+def layer_weights(tower: VisionTransformer, pixels: Tensor) -> list[Tensor]:
+    """Return the attention weights (B, heads, queries, keys) of each block, then of the pooling head."""
+    with torch.no_grad(), attention_maps(tower) as maps:
+        tower.forward_head(tower.forward_features(pixels))
+    _check_count(tower, len(maps))
+    return list(maps.values())
+
+
 @contextmanager
 def _recording(pixels: Tensor) -> Iterator[Tensor]:
     """Give a copy of the pixels that asks for a gradient, so that frozen weights and an outer no_grad do not matter."""
@@ -280,14 +288,6 @@ def _score(tower: VisionTransformer, tokens: Tensor, text: Tensor) -> Tensor:
     # else a very short or long one under- or overflows
     text = text / text.abs().amax(1, keepdim=True)
     return F.cosine_similarity(pooled, text, dim=1)
-
-
-def _weights(tower: VisionTransformer, pixels: Tensor) -> list[Tensor]:
-    """Return the attention weights (B, heads, queries, keys) of each block, then of the pooling head."""
-    with torch.no_grad(), attention_maps(tower) as maps:
-        tower.forward_head(tower.forward_features(pixels))
-    _check_count(tower, len(maps))
-    return list(maps.values())
 
 
 def _weights_and_gradients(
