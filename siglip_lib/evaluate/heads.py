@@ -80,7 +80,7 @@ def mean_ablation(
         >>> with mean_ablation(tower, pixels, block=2, head=1):
         ...     without = tower(pixels)
 
-    Source: Wang et al., Interpretability in the Wild (2023), section 2, mean ablation.
+    Source: Wang et al., Interpretability in the Wild (2023), where circuits are tested by it.
     """
     given = {part: x.mean(0, keepdim=True) for part, x in _run(tower, pixels, block, head).items()}
     with _replaced(tower, pixels, block, head, given):
@@ -105,8 +105,8 @@ def activation_patching(
     Raises:
         TypeError, ValueError: as for ``mean_ablation``; in the ``with`` statement also for another number of pictures.
 
-    Source: Zhang and Nanda, Towards Best Practices of Activation Patching in Language Models (2024), section 2: the
-    source run, here on ``pixels``, is cached, and the other run is patched with it.
+    Source: Zhang and Nanda, Towards Best Practices of Activation Patching in Language Models (2024): one run, here on
+    ``pixels``, is cached, and the other run is patched with it.
     """
     with _replaced(tower, pixels, block, head, _run(tower, pixels, block, head)):
         yield
