@@ -741,6 +741,15 @@ def test_at_the_end_there_are_weights(tmp_path, here, capfd):
     assert model.config == EMOJI64_SIGLIP
 
 
+@pytest.fixture
+def _hears_the_terminal_close():
+    """nohup makes what it starts deaf to that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_hears_the_terminal_close")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_and_a_closed_terminal_store_the_training(tmp_path, here, monkeypatch, number):
     run = Training.run
