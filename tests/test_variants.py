@@ -317,7 +317,7 @@ def test_the_lowest_loss_names_those_that_are_level_with_it():
         low=low,
         near=made_up([1.3, 1.4, 1.5], [0.1] * 3),
     )
-    assert lowest_loss(others) == "low and near"
+    assert lowest_loss(others) == "low, near"
     assert lowest_loss(others | {"one": made_up([0.5], [0.1])}) == "one seed does not tell"
 
 

@@ -45,3 +45,4 @@ def plot_curves(
         ax.fill_between(
             at, means.amin(0), means.amax(0), color=line.get_color(), alpha=0.2, linewidth=0
         )
+    ax.xaxis.get_major_locator().set_params(integer=True)  # half a step is none

@@ -68,7 +68,7 @@ def _recipe(steps: int, batch: int, warmup: int) -> TrainConfig:
 SHORT_COURSES = {  # by the name of the size
     "cpu": ShortCourse(_TINY, _recipe(20, 16, 5), [1e-3], [0]),
     "lab": ShortCourse(_SHORT, _recipe(150, 512, 40), [1e-3], [0, 1]),
-    "full": ShortCourse(_SHORT, _recipe(400, 512, 100), [3e-4, 1e-3, 3e-3], [0, 1, 2]),
+    "full": ShortCourse(_SHORT, _recipe(400, 512, 100), [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], [0, 1, 2]),
 }
 
 
@@ -212,7 +212,7 @@ def lowest_loss(runs: Mapping[Hashable, Runs]) -> str:
     order = sorted(runs, key=lambda name: runs[name].final_loss.mean().nan_to_num(math.inf).item())
     best = runs[order[0]].final_loss
     level = (name for name in order[1:] if _verdict(runs[name].final_loss, best) == "level")
-    return " and ".join(map(str, [order[0], *level]))
+    return ", ".join(map(str, [order[0], *level]))
 
 
 def _figure(found: Tensor, first: Tensor, is_first: bool, digits: int) -> str:
