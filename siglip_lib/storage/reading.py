@@ -125,7 +125,7 @@ def choose_weights(get: Get, tower_only: bool = False, beside: tuple[str, ...] =
 
 
 def _parts(index: Path, get: Get, tower_only: bool, beside: tuple[str, ...]) -> Files:
-    """The files that the index of a sharded checkpoint names, all or those with what is asked for, and their tensors."""
+    """The files that the index of a sharded checkpoint names, all or those asked for, and their tensors."""
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if any(Path(file).name != file for file in where.values()):

@@ -11,9 +11,7 @@ from siglip_lib.tower.block import Block
 from siglip_lib.tower.layers import GELU_TANH, LAYER_NORM
 from siglip_lib.tower.weight_init import init_rule, named_apply
 
-Past = list[
-    tuple[Tensor, Tensor]
-]  # of each block, k and v (B, N, heads, head_dim) of the tokens so far
+KV = tuple[Tensor, Tensor]  # k and v of the tokens so far, each (B, N, heads, head_dim)
 
 
 class CausalAttention(Attention):
@@ -23,80 +21,62 @@ class CausalAttention(Attention):
     the blocks of pairs that it hides.
     """
 
-    def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, past: KV | None = None) -> tuple[Tensor, KV]:
         """Return the output (B, N, D), and k and v of all tokens so far; after a ``past`` N is 1."""
-        q, k, v = self._heads(x)
+        q, *kv = self._heads(x)
         if past is not None:
-            k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
-        out = F.scaled_dot_product_attention(
-            *(part.transpose(1, 2) for part in (q, k, v)),
-            is_causal=past is None,  # the newest token may see them all
-            scale=self.scale,
-        )
-        return self.proj(out.transpose(1, 2).flatten(2)), (k, v)
+            kv = [torch.cat(both, dim=1) for both in zip(past, kv, strict=True)]
+        parts = (part.transpose(1, 2) for part in (q, *kv))  # (B, heads, N, head_dim)
+        # after a past the newest token may see them all
+        out = F.scaled_dot_product_attention(*parts, is_causal=past is None, scale=self.scale)
+        return self.proj(out.transpose(1, 2).flatten(2)), tuple(kv)
 
 
 class DecoderBlock(Block):
     """The block of the series, with causal attention."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
-        kind = dict(qkv_bias=True, act_layer=GELU_TANH, norm_layer=LAYER_NORM)
-        super().__init__(dim, num_heads, mlp_ratio, **kind)
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, num_heads, act_layer=GELU_TANH, norm_layer=LAYER_NORM)
         self.attn = CausalAttention(dim, num_heads, qkv_bias=True)
 
-    def forward(
-        self, x: Tensor, past: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, past: KV | None = None) -> tuple[Tensor, KV]:
         branch, seen = self.attn(self.norm1(x), past)
         x = x + branch
         return x + self.mlp(self.norm2(x)), seen
 
 
 class LanguageModel(nn.Module):
-    """Tokens, or vectors in their place, to the logits of the next token.
+    """Vectors of tokens, or of what stands in their place, to the logits of the next token.
 
     Args:
-        vocab_size: number of tokens V.
+        vocab_size: number of tokens V; the embedding of each is also the row that makes its logit.
         context_length: most tokens of a sequence, those of pictures included.
         width: channels E.
         depth: number of blocks.
         num_heads: heads of each attention; divides ``width``.
-        mlp_ratio: hidden channels of an MLP over E, rounded down.
 
-    Shapes: x (B, N, E) to logits (B, N, V) and the past of every block. After a past x is the one next token, N = 1.
-
-    The embedding of a token is also the row by which its logit is made.
+    Shapes: x (B, N, E) to logits (B, N, V) and the past, of each block. After a past x is the one next token, N = 1.
 
     Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019), section 2.3 (pre-norm decoder);
     Press and Wolf, Using the Output Embedding to Improve Language Models (2017).
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        context_length: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
+        self, vocab_size: int, context_length: int, width: int, depth: int, num_heads: int
     ) -> None:
         super().__init__()
         width = positive_int("width", width)
         self.token_embed = nn.Embedding(positive_int("vocab_size", vocab_size), width)
-        self.pos_embed = nn.Parameter(
-            torch.empty(1, positive_int("context_length", context_length), width)
-        )
-        self.blocks = nn.ModuleList(
-            DecoderBlock(width, num_heads, mlp_ratio) for _ in range(positive_int("depth", depth))
-        )
+        positions = torch.empty(1, positive_int("context_length", context_length), width)
+        self.pos_embed = nn.Parameter(positions)
+        depth = positive_int("depth", depth)
+        self.blocks = nn.ModuleList(DecoderBlock(width, num_heads) for _ in range(depth))
         self.norm = LAYER_NORM(width)
         for table in (self.token_embed.weight, self.pos_embed):
             nn.init.normal_(table, std=width**-0.5)
         named_apply(init_rule("big_vision"), self.blocks, "blocks")
 
-    def forward(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
+    def forward(self, x: Tensor, past: list[KV] | None = None) -> tuple[Tensor, list[KV]]:
         longest, width = self.pos_embed.shape[1:]
         length = check_tensor("x", x, ("B", "N", width), empty=False)[1]
         before = past[0][0].shape[1] if past else 0
@@ -113,7 +93,8 @@ class LanguageModel(nn.Module):
 
     def caption_logits(self, prefix: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits (B, T, V) of each of a caption's tokens (B, T), after a prefix (B, N, E)."""
-        length = self._check(prefix, tokens)
+        batch, length, _ = check_tensor("prefix", prefix, ("B", "N", self.norm.normalized_shape[0]))
+        check_tensor("tokens", tokens, (batch, "T"), dtypes=INTEGERS, empty=False)
         x = torch.cat((prefix, self.token_embed(tokens[:, :-1]).to(prefix.dtype)), dim=1)
         return self(x)[0][:, length - 1 :]  # the last of the prefix tells the first
 
@@ -127,7 +108,6 @@ class LanguageModel(nn.Module):
             (B, T) int64, T at most ``most``; after ``</s>`` a row holds ``</s>`` alone.
         """
         most = positive_int("most", most)
-        self._check(prefix)
         logits, past = self(prefix)
         written = [logits[:, -1].argmax(1)]
         while len(written) < most and not (written[-1] == EOS).all():
@@ -135,15 +115,6 @@ class LanguageModel(nn.Module):
             logits, past = self(x, past)
             written.append(torch.where(written[-1] == EOS, EOS, logits[:, -1].argmax(1)))
         return torch.stack(written, dim=1)
-
-    def _check(self, prefix: Tensor, tokens: Tensor | None = None) -> int:
-        """Return the number of tokens of a prefix that fits."""
-        batch, length, _ = check_tensor(
-            "prefix", prefix, ("B", "N", self.pos_embed.shape[2]), empty=False
-        )
-        if tokens is not None:
-            check_tensor("tokens", tokens, (batch, "T"), dtypes=INTEGERS, empty=False)
-        return length
 
 
 def caption_loss(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -49,15 +49,14 @@ class VisualPrefix(nn.Module):
         self, thumbnail: Tensor, tiles: Tensor | None = None, grid: tuple[int, int] = (1, 1)
     ) -> Tensor:
         size = self.vision.patch_embed.img_size
-        batch = check_tensor("thumbnail", thumbnail, ("B", 3, *size))[0]
-        views = [thumbnail[:, None]]
+        batch = check_tensor("thumbnail", thumbnail, ("B", 3, *size), empty=False)[0]
+        local = None
         if tiles is not None:
             down, across = pair("grid", grid)
             check_tensor("tiles", tiles, (batch, down * across, 3, *size))
-            views.append(tiles)
-        tokens = self.tokens_of(torch.cat(views, dim=1).flatten(0, 1)).unflatten(0, (batch, -1))
-        local = None if tiles is None else tokens[:, 1:]
-        return lay_out(tokens[:, 0], local, grid, self.image_newline, self.view_seperator)
+            local = self.tokens_of(tiles.flatten(0, 1)).unflatten(0, (batch, down * across))
+        shown = self.tokens_of(thumbnail)
+        return lay_out(shown, local, grid, self.image_newline, self.view_seperator)
 
     def tokens_of(self, views: Tensor) -> Tensor:
         """Return the adaptor's tokens (B, rows, columns, E) of views (B, 3, size, size)."""
@@ -86,11 +85,10 @@ def load_visual_prefix(prefix: VisualPrefix, source: str | Path) -> int:
     state, where = read_weights(files)
     tower = tower_of(state, where)[1]
     state = without_wrappers(state, where)
-    names = (tower, *_BESIDE)
-    found = {name: tensor for name, tensor in state.items() if name.startswith(names)}
     found = {
         "vision." + name.removeprefix(tower) if name.startswith(tower) else name: tensor
-        for name, tensor in found.items()
+        for name, tensor in state.items()
+        if name.startswith((tower, *_BESIDE))
     }
     wanted = {name: [tensor] for name, tensor in whole_state(prefix).items()}
     check_plain(found, where)
