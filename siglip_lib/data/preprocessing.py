@@ -20,7 +20,7 @@ from siglip_lib.base.checks import pair
 if TYPE_CHECKING:
     from PIL.Image import Image, Transpose
 
-    Picture: TypeAlias = str | os.PathLike[str] | Image | np.ndarray
+Picture: TypeAlias = "str | os.PathLike[str] | Image | np.ndarray"
 
 # what is read from files; PIL's other formats, some of which start programs, come as PIL pictures
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
