@@ -20,7 +20,7 @@ from siglip_lib.base.checks import pair
 if TYPE_CHECKING:
     from PIL.Image import Image, Transpose
 
-    Picture: TypeAlias = str | os.PathLike[str] | Image | np.ndarray
+Picture: TypeAlias = "str | os.PathLike[str] | Image | np.ndarray"
 
 # what is read from files; PIL's other formats, some of which start programs, come as PIL pictures
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -65,7 +65,7 @@ def preprocess(
         if not pictures:
             raise ValueError(f"pictures={pictures!r} is empty; it must hold at least one picture")
         named = {f"pictures[{i}]": picture for i, picture in enumerate(pictures)}
-    named = {name: _path_or_image(name, picture) for name, picture in named.items()}
+    named = {name: as_image(name, picture) for name, picture in named.items()}
     resized = [  # one after the other, so that only one is in memory at its full size
         np.asarray(upright_rgb(name, picture).resize((width, height), Image.Resampling.BICUBIC))
         for name, picture in named.items()
@@ -74,7 +74,7 @@ def preprocess(
     return pixels.float().div_(255).sub_(0.5).div_(0.5)
 
 
-def _path_or_image(name: str, picture: Picture) -> str | os.PathLike[str] | Image:
+def as_image(name: str, picture: Picture) -> str | os.PathLike[str] | Image:
     """Return a path as it is and anything else as a PIL picture; raise an error if it can't become one."""
     from PIL import Image
 

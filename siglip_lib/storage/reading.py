@@ -21,13 +21,13 @@ Files = dict[Path, set[str] | None]  # what to read, and which tensors of it; No
 _HUB = "hf-hub:"
 
 
-def find_weights(source: str) -> Files:
-    """The files of a checkpoint that hold the tower."""
+def find_weights(source: str, beside: tuple[str, ...] = ()) -> Files:
+    """The files of a checkpoint that hold the tower, and the tensors whose names begin with one of ``beside``."""
     path = Path(source)
     if _kind(path) == "file":
         return {path: None}
     with files_of(source) as get:
-        if files := choose_weights(get, tower_only=True):
+        if files := choose_weights(get, True, beside):
             return files
         if source.startswith(_HUB):
             raise FileNotFoundError(f"{source!r} holds no weights that are known here")
@@ -114,26 +114,26 @@ def files_of(source: str, also: str = "") -> Iterator[Get]:
     yield lambda name: Path(hf_hub_download(repository, name)) if name in names else None
 
 
-def choose_weights(get: Get, tower_only: bool = False) -> Files:
+def choose_weights(get: Get, tower_only: bool = False, beside: tuple[str, ...] = ()) -> Files:
     """The files to read, out of what ``get`` finds by name: one whole file, or the parts that an index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if path := get(name):
             return {path: None}
         if index := get(f"{name}.index.json"):
-            return _parts(index, get, tower_only)
+            return _parts(index, get, tower_only, beside)
     return {}
 
 
-def _parts(index: Path, get: Get, tower_only: bool) -> Files:
-    """The files that the index of a sharded checkpoint names, all or those that hold the tower, and their tensors."""
+def _parts(index: Path, get: Get, tower_only: bool, beside: tuple[str, ...]) -> Files:
+    """The files that the index of a sharded checkpoint names, all or those asked for, and their tensors."""
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if any(Path(file).name != file for file in where.values()):
             raise ValueError("it names files outside its folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index.name} is no index of a sharded checkpoint: {error!r}") from error
-    prefix = tower_of(where, index.name)[1] if tower_only else ""
-    parts = sorted({file for name, file in where.items() if name.startswith(prefix)})
+    starts = (tower_of(where, index.name)[1], *beside) if tower_only else ""
+    parts = sorted({file for name, file in where.items() if name.startswith(starts)})
     paths = {file: get(file) for file in parts}
     if lost := [file for file, path in paths.items() if path is None]:
         raise FileNotFoundError(f"{index.name} names {join_names(lost)}, missing beside it")
