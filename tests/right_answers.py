@@ -135,6 +135,32 @@ def keeping(blocks, pool, keep):
     return read[:, 0]
 """,
     ],
+    "12.4": [
+        """
+def limit(run, copy, size):
+    whole, eighth, copied = (
+        measure(partial(call, n), "cpu").fastest_ms
+        for call, n in ((run, size), (run, size // 8), (copy, size))
+    )
+    if whole < 2 * eighth:
+        return "launch"
+    return "arithmetic" if whole >= 2 * copied else "memory"
+""",
+        """
+def limit(run, copy, size):
+    seconds = {}
+    for call, n in ((run, size), (run, size // 8), (copy, size)):
+        times = []
+        for _ in range(6):
+            start = time.perf_counter_ns()
+            call(n)
+            times.append(time.perf_counter_ns() - start)
+        seconds[call, n] = min(times)
+    if seconds[run, size // 8] / seconds[run, size] > 0.5:
+        return "launch"
+    return np.array(["memory", "arithmetic"])[int(seconds[run, size] / seconds[copy, size] >= 2)]
+""",
+    ],
     "14.1": ["def meets(*ranks): return (torch.tensor(ranks[0]) - ranks[1]) % ranks[2]"],
     "14.2": [
         """

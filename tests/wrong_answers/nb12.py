@@ -27,6 +27,18 @@ def softmax_kernel(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
     {kept}
     tl.store(out_ptr + place, {value}, mask={mask})
 """
+_LIMIT = """
+def limit(run, copy, size):
+    def seconds(call, size):
+        {first}
+        start = time.perf_counter()
+        for _ in range(4):
+            call(size)
+        return time.perf_counter() - start
+    if {launch}:
+        return "launch"
+    return "memory" if {memory} else "arithmetic"
+"""
 
 
 def _average(**changes: str) -> str:
@@ -66,6 +78,17 @@ def _softmax(**changes: str) -> str:
             "kept": "total = tl.sum(e)",
             "value": "(e / total).to(out_ptr.dtype.element_ty)",
             "mask": "column < columns",
+        }
+        | changes
+    )
+
+
+def _limit(**changes: str) -> str:
+    return _LIMIT.format(
+        **{
+            "first": "call(size)",
+            "launch": "seconds(run, size // 8) > seconds(run, size) / 2",
+            "memory": "seconds(run, size) < 2 * seconds(copy, size)",
         }
         | changes
     )
@@ -121,5 +144,23 @@ WRONG = {
         _softmax(cast="", most="tl.max(x).to(x.dtype)"): "wrong in bfloat16",
         _softmax(value="(e / total / 2).to(out_ptr.dtype.element_ty)"): "they add up to 0.500",
         _softmax(value="tl.where(column < columns, 0.01, 0.0)"): "no softmax of the rows",
+    },
+    "12.4": {
+        "def limit(run, copy, size): return True": "it must be 'launch'",
+        "def limit(run, copy, size): return 'bandwidth'": "it must be 'launch'",
+        "def limit(run, copy, size): return 'memory'": "never called with",
+        _limit(launch="False"): "never called with",
+        _limit(first="pass"): "4 ms and 0.5 ms",
+        _limit(first="pass").replace("range(4)", "range(1)"): "must not count",
+        _limit(launch="seconds(run, size // 8) > seconds(run, size) / 4"): "0.387 ms",
+        _limit(launch="seconds(run, size // 8) > seconds(run, size)"): "0.537 ms",
+        _limit(memory="seconds(run, size) < 1.5 * seconds(copy, size)"): "3.4 ms",
+        _limit(memory="seconds(run, size) < 4 * seconds(copy, size)"): "6 ms",
+        _limit(memory="seconds(run, size) > 2 * seconds(copy, size)"): "4 ms",
+        """
+def limit(run, copy, size):
+    run(size), run(size // 8), copy(size)
+    return "arithmetic"
+""": "must not count",
     },
 }

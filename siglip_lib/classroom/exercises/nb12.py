@@ -1,12 +1,14 @@
-"""Checks of notebook 12, first kernels. They launch the reader's kernels.
+"""Checks of notebook 12, first kernels. They launch the reader's kernels, and give known times to his stopwatch.
 
 Every tensor is the beginning of a larger memory, so that a kernel that leaves its tensor is seen and breaks nothing.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from siglip_lib.classroom.exercises import Unanswered, exercise
-from siglip_lib.classroom.exercises.helpers import first_match, has_no_code
+from siglip_lib.classroom.exercises import Unanswered, answered, exercise
+from siglip_lib.classroom.exercises.helpers import Clock, first_match, has_no_code
 
 _MEMORY = 4096  # elements behind each pointer
 _GUARD = 7.0  # what stands there beyond the tensor
@@ -181,6 +183,58 @@ def _wrong_softmax(found: torch.Tensor, x: torch.Tensor, flat: torch.Tensor) -> 
     if not _same(sums, torch.ones(rows)):
         return f"the rows must add up to 1; they add up to {sums.min():.3f} to {sums.max():.3f}"
     return "the rows add up to 1, but the numbers are no softmax of the rows"
+
+
+_SIZE = 2**20
+_COMPILES = 20.0  # ms that the first call with a size takes more
+# ms: of run whatever the size is, of run and of copy for _SIZE numbers; and what limits it
+_LIMITED = (
+    (0.0, 4.0, 3.6, "memory"),
+    (0.0, 6.0, 2.0, "arithmetic"),
+    (0.5, 0.3, 0.7, "launch"),
+    (0.5, 0.3, 0.1, "launch"),
+    (0.0, 3.4, 2.0, "memory"),
+    (0.3, 0.7, 0.8, "memory"),
+)
+
+
+@exercise("12.4")
+def limit(answer) -> str | None:
+    for fixed, growing, copying, right in _LIMITED:
+        with Clock() as clock:
+            run, ran = _timed(clock, fixed, growing)
+            copy, copied = _timed(clock, 0.0, copying)
+            found = answered(answer(run, copy, _SIZE))
+        if not isinstance(found, str) or found not in ("launch", "memory", "arithmetic"):
+            return f"limit returns {found!r}; it must be 'launch', 'memory' or 'arithmetic'"
+        if found == right:
+            continue
+        if _SIZE // 8 not in ran:
+            return f"run was never called with {_SIZE} // 8 numbers: is the launch its limit?"
+        if any(len(seconds) == 1 for seconds in (*ran.values(), *copied.values())):
+            return "the first call with a size compiles, so it must not count: call once before the clock starts"
+        whole, eighth = fixed + growing, fixed + growing / 8
+        return (
+            f"run takes {whole:g} ms and {eighth:.3g} ms for an eighth of the numbers, copy {copying:g} ms:"
+            f" that is {right!r}, and not {found!r}"
+        )
+    return None
+
+
+def _timed(
+    clock: Clock, fixed: float, growing: float
+) -> tuple[Callable[[int], None], dict[int, list[float]]]:
+    """A function of a size that takes so many ms, and by size the seconds that its calls took."""
+    functions, seconds = {}, {}
+
+    def call(size: int) -> None:
+        if size not in functions:
+            ms = fixed + growing * size / _SIZE
+            functions[size] = clock.function(lambda call: ms if call else ms + _COMPILES)
+            seconds[size] = clock.seconds[-1]
+        functions[size]()
+
+    return call, seconds
 
 
 def _not_a_kernel(answer) -> str | None:
