@@ -5,7 +5,6 @@ the part of their columns that its images are in; two all-reduces, of a number f
 In the second turn the gradients are formed and travel as those of ``ring_sigmoid_loss`` do.
 """
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 

@@ -77,7 +77,10 @@ def d_logits_of(
 
     Args:
         logits: (b, m), overwritten.
-        of_rows, of_columns: the sums of whole rows and columns; ``rows`` and ``columns`` say which are the block's.
+        of_rows: the sums of whole rows.
+        rows: which of them are the block's.
+        of_columns: the sums of whole columns.
+        columns: which of them are the block's.
         diagonal: of the block, on which the pairs are right, as ``positive`` in ``sigmoid_loss_block``.
         dtype: of the vectors and of what is returned, in units of ``unit_of``.
     """
