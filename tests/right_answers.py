@@ -164,8 +164,20 @@ def limit(run, copy, size):
     "14.1": ["def meets(*ranks): return (torch.tensor(ranks[0]) - ranks[1]) % ranks[2]"],
     "14.2": [
         """
-def sent(world, pairs, width):
-    return torch.tensor([6 * world - 2, 4 * world - 4]) * pairs * width
+import time
+
+
+def start_and_rate(call):
+    def fastest(pairs):
+        times = []
+        for _ in range(8):
+            start = time.perf_counter_ns()
+            call(pairs)
+            times.append((time.perf_counter_ns() - start) / 1e9)
+        return min(times)
+    small, large = fastest(256), fastest(1024)
+    k = (large - small) / 983040
+    return [large - k * 2**20, k]
 """,
     ],
 }

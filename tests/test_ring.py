@@ -1,4 +1,7 @@
-"""The loss over several processes is the one over the whole batch in one; what they disagree on is refused by all."""
+"""The loss over several processes is the one over the whole batch in one; what they disagree on is refused by all.
+
+So are those of the ring's contenders.
+"""
 
 import itertools
 import math
@@ -10,9 +13,11 @@ import torch.nn.functional as F
 from processes import run_group
 
 from siglip_lib.siglip import loss_pairs, ring_loss
+from siglip_lib.siglip.gathered_loss import chunked_sigmoid_loss, gathered_sigmoid_loss
 from siglip_lib.siglip.loss_pairs import Pairs
-from siglip_lib.siglip.losses import plain_sigmoid_loss
+from siglip_lib.siglip.losses import plain_sigmoid_loss, plain_softmax_loss
 from siglip_lib.siglip.ring_loss import ring_sigmoid_loss
+from siglip_lib.siglip.ring_softmax import ring_softmax_loss
 
 WORLDS = (1, 2, 3, 4)
 CASES = {  # images and texts of a rank, how many kinds of ids there are, chunk
@@ -21,6 +26,13 @@ CASES = {  # images and texts of a rank, how many kinds of ids there are, chunk
     "several positives": (6, 6, 4, None),
     "several positives in blocks, more texts": (3, 8, 5, 3),
     "more images, few positives": (7, 2, 40, 2),
+}
+CONTENDERS = {  # the function, its oracle, which of the arguments they take, its options
+    "gathered": (gathered_sigmoid_loss, plain_sigmoid_loss, 4, {}),
+    "chunked": (chunked_sigmoid_loss, plain_sigmoid_loss, 4, {}),
+    "chunked, blocks of 2": (chunked_sigmoid_loss, plain_sigmoid_loss, 4, {"chunk": 2}),
+    "softmax": (ring_softmax_loss, plain_softmax_loss, 3, {}),
+    "softmax, blocks of 2": (ring_softmax_loss, plain_softmax_loss, 3, {"chunk": 2}),
 }
 NAMES = ("image", "text", "logit_scale", "logit_bias")
 INCOMING = -2.3
@@ -106,8 +118,29 @@ def in_a_process(folder) -> dict:
             gradients = torch.autograd.grad(loss, mine, torch.full_like(loss, INCOMING))
             bare = ring_sigmoid_loss(*(x.detach() for x in mine), *ids, chunk=chunk, group=group)
             found[f"{world} {case}"] = [loss.detach(), *gradients, bare]
+        for name, (function, _, count, options) in CONTENDERS.items():
+            arguments, _, _ = whole_batch(world, "diagonal")
+            mine = [part(x, rank, world).clone().requires_grad_() for x in arguments[:count]]
+            loss = function(*mine, **options, group=group)
+            gradients = torch.autograd.grad(loss, mine, torch.full_like(loss, INCOMING))
+            bare = function(*(x.detach() for x in mine), **options, group=group)
+            found[f"{world} {name}"] = [loss.detach(), *gradients, bare]
+        if world == 2:  # logits 4100 and 4092: float32 has nothing between 4100 and 4100.0005
+            sure = torch.tensor([[64.0, 2.0 - 4 * rank]])
+            found["sure pairs"] = ring_softmax_loss(sure, sure, S - 1, group=group)
+        if (
+            world == 4
+        ):  # each image likes a text of its neighbour best; exp(t) is more than float64 holds
+            image, text = torch.eye(4)[rank, None], torch.eye(4)[rank ^ 1, None]
+            found["cold"] = ring_softmax_loss(image, text, torch.tensor(12.0), group=group)
         if world != 3:
             continue
+        for function in (chunked_sigmoid_loss, ring_softmax_loss):
+            scalars = [S] * (2 if function is chunked_sigmoid_loss else 1)
+            try:
+                function(X, X, *scalars, chunk=0 if rank == 1 else None, group=group)
+            except ValueError as error:
+                found["threw"][function.__name__] = str(error)
         for name, (wrong, _, _) in WRONG.items():
             given = {"image": X, "text": X, "logit_scale": S, "logit_bias": S}
             try:
@@ -133,8 +166,20 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize(("world", "case"), [*itertools.product(WORLDS, CASES)])
 def test_equals_the_loss_of_the_whole_batch(found, world, case):
     arguments, ids, _ = whole_batch(world, case)
+    check_whole(found, world, case, plain_sigmoid_loss, arguments, ids)
+
+
+@pytest.mark.parametrize(("world", "name"), [*itertools.product(WORLDS, CONTENDERS)])
+def test_contenders_equal_the_loss_of_the_whole_batch(found, world, name):
+    _, oracle, count, _ = CONTENDERS[name]
+    arguments, _, _ = whole_batch(world, "diagonal")
+    check_whole(found, world, name, oracle, arguments[:count])
+
+
+def check_whole(found, world, case, oracle, arguments, ids=()):
+    """Loss and gradients of all ranks are those that the oracle has of the whole batch."""
     whole = [x.requires_grad_() for x in arguments]
-    expected = plain_sigmoid_loss(*whole, *ids)
+    expected = oracle(*whole, *ids)
     expected_gradients = torch.autograd.grad(expected, whole, torch.full_like(expected, INCOMING))
     ranks = [found[rank][f"{world} {case}"] for rank in range(world)]
     losses, *gradients, without_gradients = (list(x) for x in zip(*ranks, strict=True))
@@ -147,7 +192,7 @@ def test_equals_the_loss_of_the_whole_batch(found, world, case):
     if world > 1:
         assert losses[0] != losses[1]  # each is its own images'
     # as DDP would average them; each rank's vectors are its own
-    for name, parts, gradient in zip(NAMES, gradients, expected_gradients, strict=True):
+    for name, parts, gradient in zip(NAMES, gradients, expected_gradients, strict=False):
         same(torch.cat(parts) / world if name in NAMES[:2] else sum(parts) / world, gradient)
 
 
@@ -157,6 +202,20 @@ def test_all_ranks_refuse_what_one_gets_wrong(found, name):
     for rank in range(3):
         assert found[rank]["threw"][name].startswith(here if rank == 1 else elsewhere)
     assert found[0]["afterwards"] > 0  # nobody waits for what was refused
+
+
+def test_softmax_of_many_processes_keeps_digits_at_any_temperature(found):
+    for rank in range(2):
+        assert found[rank]["sure pairs"].item() == pytest.approx(math.log1p(math.exp(-8)), rel=1e-3)
+    for rank in range(4):
+        assert found[rank]["cold"].item() == pytest.approx(math.exp(12), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["chunked_sigmoid_loss", "ring_softmax_loss"])
+def test_all_ranks_refuse_what_a_contender_gets_wrong_on_one(found, name):
+    said = [found[rank]["threw"][name] for rank in range(3)]
+    refused = "the arguments of rank 1 were refused there"
+    assert said == [refused, "chunk=0 must be at least 1", refused]
 
 
 def test_an_uneven_batch_is_told_what_to_do(found):

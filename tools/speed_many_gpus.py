@@ -1,14 +1,15 @@
 """Time the loss and a training step on the GPUs of one machine. Prints tables, and stores them as JSON.
 
 python -m siglip_lib.launch 4 tools/speed_many_gpus.py --json many4.json     # all parts: a few minutes
-python -m siglip_lib.launch 4 tools/speed_many_gpus.py loss tower            # some of them
+python -m siglip_lib.launch gpu tools/speed_many_gpus.py loss bandwidth      # some of them: these take a minute
 
-    loss       the ring beside all texts gathered: distance from float64, then time and memory of forward and backward
+    loss       the ring beside its contenders: distance from float64; time and memory of forward and backward, measured
+               in turns; with several GPUs what travels while something is computed
     tower      SO400M at 384 px, a training step with DDP and with FSDP2, a block a unit
     bandwidth  of an all-reduce, and of a ring of sends
     largest    pairs a GPU, doubled until memory or patience ends
     emoji      the emoji SigLIP: with N processes N times the batch in 1/N of the steps; its recall, and the seconds
-    overlap    what travels while something is computed, in a profile of the ring and of both training steps
+    overlap    what travels while something is computed, in both training steps
 
 ``--small`` tries it on a CPU.
 """
@@ -33,13 +34,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from train_emoji64 import shares
 
-from siglip_lib import create_siglip_vit, device_report
+from siglip_lib import create_siglip_vit, device_report, measure_together
 from siglip_lib.data.emoji64 import load_emoji64, split
 from siglip_lib.launch import meeting
 from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
-from siglip_lib.siglip.losses import sigmoid_loss
+from siglip_lib.siglip.gathered_loss import chunked_sigmoid_loss, gathered_sigmoid_loss
+from siglip_lib.siglip.losses import sigmoid_loss, softmax_loss
 from siglip_lib.siglip.model import SigLIP, embed_pictures, embed_texts
 from siglip_lib.siglip.ring_loss import ring_sigmoid_loss
+from siglip_lib.siglip.ring_softmax import ring_softmax_loss
 from siglip_lib.siglip.text import Tokenizer
 from siglip_lib.train.distributed import DistributedTraining
 from siglip_lib.train.recipe import TrainConfig
@@ -48,41 +51,15 @@ from siglip_lib.train.training import Training
 
 PATIENCE_S = 20.0  # of one call in `largest`
 GIB = 2**30
-# from torch 2.13 on they have other names
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class AllGather(torch.autograd.Function):
-    """All ranks' vectors one below the other; what comes back to them is added up where they came from."""
-
-    @staticmethod
-    def forward(ctx, x):
-        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        all_gather(out, x.contiguous())
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        out = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
-        reduce_scatter(out, gradient.contiguous())
-        return out
-
-
-def all_gathered_sigmoid_loss(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor
-) -> Tensor:
-    """The usual form: every rank has all texts, and the logits of its images with them in the vectors' dtype."""
-    texts = AllGather.apply(text) if dist.get_world_size() > 1 else text
-    scale, bias = logit_scale.exp().to(image.dtype), logit_bias.to(image.dtype)
-    logits = scale * image @ texts.t() + bias  # (B, world * B)
-    signs = torch.full_like(logits, -1)
-    signs.diagonal(dist.get_rank() * len(image)).fill_(1)
-    return -F.logsigmoid(signs * logits).sum() / len(image)
-
+STEPS = 5  # of a profile, one after the other
 
 PARALLEL = ("DDP", "FSDP2")
-LOSSES = {"ring": ring_sigmoid_loss, "all gathered": all_gathered_sigmoid_loss}
+LOSSES = {
+    "ring": ring_sigmoid_loss,
+    "gathered": gathered_sigmoid_loss,
+    "gathered, in chunks": chunked_sigmoid_loss,
+    "softmax over the ring": ring_softmax_loss,
+}
 
 
 def main() -> None:
@@ -120,14 +97,36 @@ def loss(device: torch.device, small: bool) -> dict:
     found = {}
     for name, function in LOSSES.items():
         found[name] = {"distance": distances(function, device)}
-        say(f"{name:13} distance of loss and gradients from float64: {found[name]['distance']}")
-    pairs, width = sizes(small)
-    for name, function in LOSSES.items():
+        say(f"{name:21} distance of loss and gradients from float64: {found[name]['distance']}")
+    each, width = sizes(small)
+    batches = {"a GPU": each, "in all": 2 * each // dist.get_world_size()}
+    for batch, pairs in batches.items():
+        if batch == "in all" and pairs == each:
+            for name in LOSSES:
+                found[name][batch] = found[name]["a GPU"]
+            say(f"{2 * each} pairs in all: the same")
+            continue
         arguments = draw(pairs, width, torch.bfloat16, device)
-        found[name] |= timed(partial(forward_backward, function, arguments), device)
-        say(f"{name:13} {pairs} pairs a GPU, width {width}, bfloat16: {line(found[name])}")
-    found["ratio"] = found["ring"]["ms"] / found["all gathered"]["ms"]
-    say(f"the ring takes {found['ratio']:.3f} times as long")
+        calls = {name: partial(forward_backward, f, arguments) for name, f in LOSSES.items()}
+        for call in calls.values():  # kernels are compiled, and the libraries have their workspaces
+            call()
+        dist.barrier()
+        for name, timing in measure_together(calls, device, warmup=5).items():
+            found[name][batch] = {
+                "pairs_per_gpu": pairs,
+                "ms": worst(timing.median_ms),
+                "fastest_ms": worst(timing.fastest_ms),
+                "slowest_ms": worst(timing.slowest_ms),
+                "peak_gib": worst((timing.peak_bytes or 0) / GIB),
+            }
+            say(
+                f"{name:21} {pairs} pairs a GPU, width {width}, bfloat16: {line(found[name][batch])}"
+            )
+        if batch == "a GPU" and dist.get_world_size() > 1:
+            for name, call in calls.items():
+                found[name]["travel"] = travel(call, device)
+                say_travel(name, found[name]["travel"])
+        del calls, arguments
     return found
 
 
@@ -281,36 +280,68 @@ def emoji(device: torch.device, small: bool) -> dict:
 
 
 def overlap(device: torch.device, small: bool) -> dict:
-    kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     found = {}
-    for name in ("ring", *PARALLEL):
-        if name == "ring":
-            arguments = draw(*sizes(small), torch.bfloat16, device)
-            call = partial(forward_backward, ring_sigmoid_loss, arguments)
-        else:
-            call, _ = tower_step(name, device, small)
+    for name in PARALLEL:
+        call, _ = tower_step(name, device, small)
         for _ in range(3):
             call()
-        synchronize(device)
-        dist.barrier()
-        with profile(activities=[kind]) as watched:
-            call()
-            synchronize(device)
-        kernels = [e for e in watched.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        found[name] = together(
-            [(e.time_range.start / 1e3, e.time_range.end / 1e3, "nccl" in e.name) for e in kernels]
-        )
-        if kernels:
-            say(
-                f"{name:6} {found[name]['ms']:.1f} ms: sending and receiving {found[name]['travelling_ms']:.1f}, "
-                f"{found[name]['hidden']:.0%} of it while something is computed"
-            )
+        found[name] = travel(call, device)
+        say_travel(name, found[name])
         del call
     return found
 
 
+def travel(call: Callable[[], object], device: torch.device) -> dict:
+    """What of several calls, one after the other, is sent while something is computed; a call's time with and without
+    the profiler, which says whether what it saw is representative.
+
+    The profile is a light one, of the GPU's kernels alone, and nothing waits between the calls: so the GPU has a queue
+    of work as it has without a profiler.
+    """  # fmt: skip
+    if device.type != "cuda":
+        for _ in range(2 * STEPS):
+            call()
+        return {}
+
+    def calls() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        worst(0)  # the processes begin together, and no kernel says so
+        start.record()
+        for _ in range(STEPS):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / STEPS
+
+    calls()
+    alone = calls()
+    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        seen = calls()
+    kernels = [
+        (e.time_range.start / 1e3, e.time_range.end / 1e3, "nccl" in e.name)
+        for e in watched.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return {"ms_without_profiler": worst(alone), "ms_with_profiler": worst(seen)} | together(
+        kernels
+    )
+
+
+def say_travel(name: str, found: dict) -> None:
+    if "hidden" in found:
+        times = f"{found['ms_without_profiler']:.2f} ms, with the profiler {found['ms_with_profiler']:.2f}"
+        say(
+            f"{name:21} {times}: sending and receiving {found['travelling_ms']:.2f}, "
+            f"{found['hidden']:.0%} of it while something is computed"
+        )
+
+
 def together(kernels: list[tuple[float, float, bool]]) -> dict:
-    """From each kernel's start and end in ms, and whether it communicates: how long both took, and together."""
+    """From each kernel's start and end in ms, and whether it communicates: a call's part of both, and together.
+
+    The kernels are those of ``STEPS`` calls; the lines for a picture are of the first.
+    """
     if not kernels:
         return {}
     first = min(start for start, _, _ in kernels)
@@ -320,17 +351,17 @@ def together(kernels: list[tuple[float, float, bool]]) -> dict:
     }
     length = {kind: sum(b - a for a, b in some) for kind, some in apart.items()}
     both = merged(apart[True] + apart[False])
-    end = max(b for _, b in both)
+    end = max(b for _, b in both) / STEPS
     shared = sum(length.values()) - sum(b - a for a, b in both)
     # for a picture: gaps that it would not show are closed
     lines = {
-        name: [[round(a, 3), round(b, 3)] for a, b in merged(apart[kind], end / 500)]
+        name: [[round(a, 3), round(b, 3)] for a, b in merged(apart[kind], end / 500) if a < end]
         for name, kind in (("travelling", True), ("computing", False))
     }
     return {
         "ms": end,
-        "travelling_ms": length[True],
-        "computing_ms": length[False],
+        "travelling_ms": length[True] / STEPS,
+        "computing_ms": length[False] / STEPS,
         "hidden": shared / length[True] if length[True] else 0.0,
         **lines,
     }
@@ -370,12 +401,13 @@ def draw(
 
 
 def forward_backward(function: Callable[..., Tensor], arguments: list[Tensor]) -> list[Tensor]:
+    arguments = arguments[:3] if function in (ring_softmax_loss, softmax_loss) else arguments
     value = function(*arguments)
     return [value.detach(), *torch.autograd.grad(value, arguments)]
 
 
 def distances(function: Callable[..., Tensor], device: torch.device) -> list[float]:
-    """Relative distances, of the loss and of the four gradients averaged over the ranks, from one process's float64.
+    """Relative distances, of the loss and of the gradients averaged over the ranks, from one process's float64.
 
     The scalars' gradients are sums over all pairs in which most cancels: theirs are relative to the sums of magnitudes.
     """
@@ -388,16 +420,21 @@ def distances(function: Callable[..., Tensor], device: torch.device) -> list[flo
     every = [draw(pairs, 64, torch.bfloat16, device, seed=r) for r in range(world)]
     vectors = [torch.cat([rank_[i] for rank_ in every]) for i in (0, 1)]
     whole = [x.detach().double().requires_grad_() for x in (*vectors, *mine[2:])]
-    wanted, *wanted_gradients = forward_backward(sigmoid_loss, whole)
+    softmax = function is ring_softmax_loss
+    oracle = softmax_loss if softmax else sigmoid_loss
+    wanted, *wanted_gradients = forward_backward(oracle, whole)
     rows = slice(rank * pairs, (rank + 1) * pairs)
     wanted_gradients[:2] = [world * x[rows] for x in wanted_gradients[:2]]
     with torch.no_grad():
         image, text, scale, bias = whole
         dots = scale.exp() * image @ text.T
-        signs = 1 - 2 * torch.eye(len(dots), device=device)
-        slopes = (signs * (dots + bias)).sigmoid() / len(dots)
+        right = torch.eye(len(dots), device=device)
+        if softmax:
+            slopes = ((dots.softmax(0) + dots.softmax(1)) / 2 - right).abs() / len(dots)
+        else:
+            slopes = ((1 - 2 * right) * (dots + bias)).sigmoid() / len(dots)
         magnitudes = [x.norm() for x in (wanted, *wanted_gradients[:2])]
-        magnitudes += [(slopes * dots).abs().sum(), slopes.sum()]
+        magnitudes += [(slopes * dots).abs().sum(), slopes.sum()][: len(gradients) - 2]
     three = zip((value, *gradients), (wanted, *wanted_gradients), magnitudes, strict=True)
     found = [((a - b).norm() / size).item() for a, b, size in three]
     assert all(x < 0.01 for x in found), found  # fails on NaN too

@@ -12,6 +12,8 @@ So a block's gradient follows the block one hop behind. After the last hop of a 
 whose texts these are: it travels in the first hop of the next round, or by itself after the last round.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +23,7 @@ from siglip_lib.siglip.loss_pairs import LossSums, Pairs, check_pairs, loss_with
 
 # Of a block. It is large, as a GPU computes one while Python prepares the next and its exchange; it has fewer texts
 # than images, since what travels is kept several times over.
-_IMAGES, _TEXTS = 16_384, 4096
+IMAGES, TEXTS = 16_384, 4096
 
 
 def ring_sigmoid_loss(
@@ -72,7 +74,7 @@ def ring_sigmoid_loss(
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (2023), section 3.3.
     """
     pairs = Pairs(image, text, logit_scale, logit_bias, image_ids, text_ids)
-    _check_all_ranks(pairs, chunk, group)
+    check_all_ranks(pairs, chunk, group)
     ids = image_ids, text_ids
     return loss_with_gradients(
         pairs[:4],
@@ -85,7 +87,7 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, ...]:
     """Return what ``LossSums.loss_and_gradients`` does."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    images, texts = (chunk, chunk) if chunk else (_IMAGES, _TEXTS)
+    images, texts = (chunk, chunk) if chunk else (IMAGES, TEXTS)
     sums = LossSums(pairs, with_gradients)
     image, text = sums.image, sums.text
     if pairs.image_ids is not None:  # a few bytes a pair: every rank may have them all
@@ -93,7 +95,37 @@ def _loss_and_gradients(
         dist.all_gather(list(all_ids), pairs.text_ids.to(torch.int64), group)
         image_ids = pairs.image_ids.to(torch.int64)
 
-    held, coming = (_Parcel(text[:texts], sums.d_text[:texts]) for _ in range(2))
+    def visit(source: int, first: int, block: Tensor, d_block: Tensor) -> None:
+        for i in range(0, len(image), images):
+            rows = slice(i, i + images)
+            positive = (rank * len(image) + i) - (source * len(text) + first)
+            if pairs.image_ids is not None:
+                positive = image_ids[rows, None] == all_ids[source, first : first + len(block)]
+            sums.add(rows, block, positive, d_block)
+
+    go_round(text, sums.d_text, texts, visit, group)
+    return sums.loss_and_gradients()
+
+
+def go_round(
+    text: Tensor,
+    d_text: Tensor,
+    texts: int,
+    visit: Callable[[int, int, Tensor, Tensor], None],
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Let every rank's texts visit every rank, ``texts`` at a time, and bring their gradients home.
+
+    Args:
+        text: this rank's texts (M, D); M is the same on all ranks.
+        d_text: (M, D) or, without gradients, (M, 0); it becomes the sum of what all ranks found for these texts.
+        texts: of a block.
+        visit: called as ``visit(source, first, block, d_block)`` with a block (m, D) that begins at text ``first`` of
+            rank ``source``; it adds this rank's part of the block's gradient to ``d_block``, which is 0.
+        group: the ranks.
+    """
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    held, coming = (_Parcel(text[:texts], d_text[:texts]) for _ in range(2))
     d_block = torch.empty_like(held.gradient)
     for first in range(0, len(text), texts):
         columns = slice(first, first + texts)
@@ -103,25 +135,19 @@ def _loss_and_gradients(
             source = (rank - hop) % world  # whose texts these are
             exchange = _pass_on(held, coming, hop < world - 1, first > 0 or hop > 0, group)
             d_block.zero_()
-            for i in range(0, len(image), images):
-                rows = slice(i, i + images)
-                positive = (rank * len(image) + i) - (source * len(text) + first)
-                if pairs.image_ids is not None:
-                    positive = image_ids[rows, None] == all_ids[source, columns]
-                sums.add(rows, held.texts[:m], positive, d_block[:m])
+            visit(source, first, held.texts[:m], d_block[:m])
             for work in exchange:
                 work.wait()
             if hop:
                 coming.gradient[:m] += d_block[:m]
             else:  # what came is the whole gradient of this rank's block before
                 if first:
-                    sums.d_text[first - texts : first] = coming.gradient
+                    d_text[first - texts : first] = coming.gradient
                 coming.gradient[:m] = d_block[:m]
             held, coming = coming, held
     for work in _pass_on(held, coming, False, True, group):
         work.wait()
-    sums.d_text[columns] = coming.gradient[:m]
-    return sums.loss_and_gradients()
+    d_text[columns] = coming.gradient[:m]
 
 
 class _Parcel:
@@ -157,7 +183,7 @@ def _pass_on(
     return dist.batch_isend_irecv([send, receive])
 
 
-def _check_all_ranks(pairs: Pairs, chunk: int | None, group: dist.ProcessGroup | None) -> None:
+def check_all_ranks(pairs: Pairs, chunk: int | None, group: dist.ProcessGroup | None) -> None:
     """Raise on every rank if one has wrong arguments, or others than the rest: else some would wait for ever."""
     world = dist.get_world_size(group)
     names = ("refused", "images", "texts", "channels", "bits", "ids", "chunk", "gradients")

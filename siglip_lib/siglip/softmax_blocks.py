@@ -20,9 +20,9 @@ def softmax_by_blocks(
     parts = [slice(i, i + chunk) for i in range(0, len(image), chunk)]
     blocks = [(rows, columns) for rows in parts for columns in parts]
     right = sums.scale.new_empty(len(image))  # the logits of the pairs that belong together
-    of_rows, of_columns = (_SumsOfExp(right) for _ in range(2))
+    of_rows, of_columns = (SumsOfExp(right) for _ in range(2))
     for rows, columns in blocks:
-        logits = _logits(sums, rows, columns)
+        logits = logits_of(sums, rows, sums.text[columns])
         of_rows.add(rows, logits)
         of_columns.add(columns, logits.t())
         if rows == columns:
@@ -30,14 +30,19 @@ def softmax_by_blocks(
         del logits  # its memory is needed
     loss = sum(x.peak - right + x.total.log() for x in (of_rows, of_columns)).mean() / 2
     for rows, columns in blocks if with_gradients else ():
-        d_logits = _d_logits(sums, of_rows, of_columns, rows, columns)
+        logits = logits_of(sums, rows, sums.text[columns])
+        diagonal = rows.start - columns.start
+        d_logits = d_logits_of(
+            logits, of_rows, rows, of_columns, columns, diagonal, sums.text.dtype
+        )
         of_block = sums.d_image[rows], sums.d_text[columns]
+        del logits
         add_gradients(d_logits, sums.image[rows], sums.text[columns], of_block)
         del d_logits
     return sums.after(loss)
 
 
-class _SumsOfExp:
+class SumsOfExp:
     """Of each row of a matrix that comes in blocks, the sum of exp: ``total * exp(peak)``.
 
     The peak is the largest element so far, so no exponent is above 0. Peak and total stay apart, since the logarithm
@@ -54,20 +59,34 @@ class _SumsOfExp:
         self.peak[rows] = peak
 
 
-def _logits(sums: GradientSums, rows: slice, columns: slice) -> Tensor:
-    return product(sums.image[rows], sums.text[columns].t()).mul_(sums.scale)  # (b, m)
+def logits_of(sums: GradientSums, rows: slice, text: Tensor) -> Tensor:
+    """Return the logits (b, m) of the images ``rows`` with texts (m, D), without a bias."""
+    return product(sums.image[rows], text.t()).mul_(sums.scale)
 
 
-def _d_logits(
-    sums: GradientSums, of_rows: _SumsOfExp, of_columns: _SumsOfExp, rows: slice, columns: slice
+def d_logits_of(
+    logits: Tensor,
+    of_rows: SumsOfExp,
+    rows: slice,
+    of_columns: SumsOfExp,
+    columns: slice,
+    diagonal: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return the derivatives by a block's logits, times B: the mean of both softmaxes, less 1 where a pair is right."""
-    dtype = sums.image.dtype
+    """Return the derivatives by a block's logits, times B: the mean of both softmaxes, less 1 where a pair is right.
+
+    Args:
+        logits: (b, m), overwritten.
+        of_rows: the sums of whole rows.
+        rows: which of them are the block's.
+        of_columns: the sums of whole columns.
+        columns: which of them are the block's.
+        diagonal: of the block, on which the pairs are right, as ``positive`` in ``sigmoid_loss_block``.
+        dtype: of the vectors and of what is returned, in units of ``unit_of``.
+    """
     one = 1 / unit_of(dtype)
-    logits = _logits(sums, rows, columns)
     found = (logits - of_rows.peak[rows, None]).exp_().mul_(one / 2 / of_rows.total[rows, None])
     logits.sub_(of_columns.peak[columns]).exp_()  # a third matrix is not needed
     found.addcmul_(logits, one / 2 / of_columns.total[columns])
-    if rows == columns:
-        found.diagonal().sub_(one)
+    found.diagonal(diagonal).sub_(one)
     return found.to(dtype)

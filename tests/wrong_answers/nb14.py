@@ -10,11 +10,33 @@ def rank_loss(image, texts, logit_scale, logit_bias, rank):
 _SUM = "-F.logsigmoid(z * logits).sum()"
 _OFFSET = "rank * len(image)"
 
-_SENT = """
-def sent(world, pairs, width):
-    block = pairs * width
-    return (6 * world - 2) * block, {}
+_CLOCK = """
+import time
+
+
+def start_and_rate(call):
+    seconds = {}
+    for pairs in (256, 1024):
+        call(pairs)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            call(pairs)
+            times.append(time.perf_counter() - start)
+        seconds[pairs] = statistics.median(times)
+    k = (seconds[1024] - seconds[256]) / (1024**2 - 256**2)
+    a = seconds[256] - k * 256**2
+    return ANSWER
 """
+
+
+def _clock(answer: str, old: str = "", new: str = "") -> str:
+    return (
+        _CLOCK.replace("ANSWER", answer).replace(old, new)
+        if old
+        else _CLOCK.replace("ANSWER", answer)
+    )
+
 
 WRONG = {
     "14.1": {
@@ -27,22 +49,18 @@ WRONG = {
         "def meets(images, texts, world): return 'never'": "a hop is an integer",
     },
     "14.2": {
-        "def sent(world, pairs, width): return (world - 1) * pairs * width * 2, 0": "the texts alone",
-        "def sent(world, pairs, width): return (world - 1) * pairs * width * 6, 0": "come home",
-        "def sent(world, pairs, width): return world * pairs * width * 6, 0": "no texts leave",
-        "def sent(world, pairs, width): return (2 * world - 1) * pairs * width * 2, 0": "4 bytes",
-        "def sent(world, pairs, width): return 2 * (world - 1) * pairs * width * 2, 0": "one send more",
-        "def sent(world, pairs, width): return world * (6 * world - 2) * pairs * width, 0": "all ranks together",
-        "def sent(world, pairs, width): return 1, 1": "is not right",
-        "def sent(world, pairs, width): return 6 * world": "two numbers",
-        "def sent(world, pairs, width): return 'many', 'few'": "two numbers",
-        _SENT.format("(world - 1) * block * 2"): "the way there",
-        _SENT.format("world * block * 4"): "to itself",
-        _SENT.format("(2 * world - 1) * block * 2"): "keeps its own",
-        _SENT.format("(world - 1) * block * 6"): "in bfloat16",
-        _SENT.format("(world - 1) * world * block * 4"): "all ranks together",
-        _SENT.format("1"): "the all-gather",
-        "def sent(world, pairs, width): return 17600, 9600": "a number fixed",
+        _clock("a"): "two numbers",
+        _clock("1e3 * a, 1e3 * k"): "are wanted in seconds",
+        _clock("k, a"): "a comes first",
+        _clock("a, (seconds[1024] - seconds[256]) / (1024 - 256)"): "the square of the pairs",
+        _clock("seconds[256], k"): "the whole time of the small call",
+        _clock("a, seconds[1024] / 1024**2"): "take the difference of both sizes",
+        _clock("a, k", "statistics.median", "sum"): "first calls left out",
+        _clock("a, k", "statistics.median", "max"): "first calls left out",
+        _clock("a, k", "range(5)", "range(1)"): "several times",
+        _clock("a, k", "1024):", "1024, 4096):"): "measure at 256 and at 1,024",
+        "def start_and_rate(call): return 0.003, 2e-9": "must call",
+        _clock("0.003, 2e-9"): "a number fixed",
     },
     "14.3": {
         _RANK.format(_OFFSET, _SUM + " / len(texts)"): "done so already",

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from siglip_lib.classroom.exercises import answered, exercise
-from siglip_lib.classroom.exercises.helpers import first_match, is_tensor, near, number, two_numbers
+from siglip_lib.classroom.exercises.helpers import (
+    Clock,
+    first_match,
+    is_tensor,
+    near,
+    number,
+    two_numbers,
+)
 from siglip_lib.siglip.losses import sigmoid_loss
 
 
@@ -43,43 +50,66 @@ def meets(answer) -> str | None:
     return f"of 5 ranks: {meet}, you say {found[i][j]}"
 
 
+_START, _PER_PAIR = 3.0, 2e-6  # of the call that exercise 14.2 times, in ms
+_FIRST, _DISTURBED = 40.0, 20.0  # how much longer, in ms
+
+
 @exercise("14.2")
-def sent(answer) -> str | None:
-    returned = answered(answer(4, 100, 8))
+def start_and_rate(answer) -> str | None:
+    def measured(start: float, per_pair: float) -> tuple[object, list[int], bool]:
+        """What is returned for such a call, the sizes that were asked for, and whether by a clock of Python's."""
+        sizes: list[int] = []
+
+        def ms(_: int) -> float:
+            again = sizes.count(sizes[-1])
+            extra = _FIRST if again == 1 else _DISTURBED if again == 3 else 0.0
+            return start + per_pair * sizes[-1] ** 2 + extra
+
+        with Clock() as clock:
+            wait = clock.function(ms)
+
+            def call(pairs: int) -> None:
+                if number(pairs) not in (256, 1024):
+                    raise ValueError(f"call({pairs!r}): measure at 256 and at 1,024 pairs")
+                sizes.append(int(pairs))
+                wait()
+
+            return answered(answer(call)), sizes, clock.was_read
+
+    returned, sizes, was_read = measured(_START, _PER_PAIR)
     if (found := two_numbers(returned)) is None:
-        return f"your function returns {returned!r}; it must return two numbers: bytes of the ring, of the all-gather"
-    ring, gathered = found
-    texts, gradients = 2 * 100 * 8, 4 * 100 * 8  # bytes of a block
-    both = texts + gradients
-    if not math.isclose(ring, 3 * texts + 4 * gradients):
-        mistakes = {
-            "that is of the texts alone: their gradients travel too": 3 * texts,
-            "the gradient starts a hop later and has to come home: how often is it sent?": 3 * both,
-            "at the last hop no texts leave: nobody would need them": 4 * both,
-            "a gradient is in float32, 4 bytes a number": 7 * texts,
-            "a gradient is in float32, and it has to come home: one send more": 6 * texts,
-            "that is of all ranks together": 4 * (3 * texts + 4 * gradients),
-        }
-        if reason := first_match(ring, mistakes, math.isclose):
-            return f"the ring: {reason}"
-        return f"the ring, 4 ranks, 100 pairs a rank, width 8: {ring:g} bytes is not right"
-    if not math.isclose(gathered, 6 * texts):
-        mistakes = {
-            "that is the way there; the gradients come back": 3 * texts,
-            "nobody sends a block to itself: of 4 blocks 3 travel": 8 * texts,
-            "here the gradients travel in bfloat16": 3 * both,
-            "the way back takes 3 blocks, as a rank keeps its own": 7 * texts,
-            "that is of all ranks together": 24 * texts,
-        }
-        if reason := first_match(gathered, mistakes, math.isclose):
-            return f"the all-gather: {reason}"
-        return (
-            f"the all-gather, 4 ranks, 100 pairs a rank, width 8: {gathered:g} bytes is not right"
-        )
-    ring, gathered = answer(2, 3, 5)
-    if not (math.isclose(ring, 150) and math.isclose(gathered, 60)):
-        return "right for 4 ranks, 100 pairs and width 8 alone: is a number fixed in your code?"
-    return None
+        return f"your function returns {returned!r}; it must return two numbers: a and k in seconds"
+    if set(sizes) != {256, 1024}:
+        return "your function must call the one that it measures, at 256 and at 1,024 pairs"
+    if min(map(sizes.count, (256, 1024))) < 4:
+        return "time each size several times: any one call may be disturbed"
+    # a real clock is a little late now and then
+    same = near(1e-6 if was_read else 0.15)
+
+    def is_(a: float, k: float) -> bool:
+        return same(found[0], a) and same(found[1], k)
+
+    a, k = _START / 1e3, _PER_PAIR / 1e3
+    if is_(a, k):
+        returned, *_ = measured(1.0, 4e-6)
+        again = two_numbers(returned)
+        if again is None or not (same(again[0], 1e-3) and same(again[1], 4e-9)):
+            return "right for one call, but not for a second one: is a number fixed in your code?"
+        return None
+    if is_(_START, _PER_PAIR):
+        return "those are milliseconds; a and k are wanted in seconds"
+    if is_(k, a):
+        return "a comes first, then k"
+    if same(found[1], _PER_PAIR / 1e3 * (1024 + 256)):
+        return "the work grows with the square of the pairs, not with the pairs"
+    if same(found[0], a + k * 256**2):
+        return "that is the whole time of the small call: a is what remains of it without the work"
+    if same(found[1], k + a / 1024**2):
+        return "of the large call a part is start, too: take the difference of both sizes"
+    return (
+        f"a and k are {a:.2g} and {k:.2g} s, you find {found[0]:.2g} and {found[1]:.2g}: "
+        "are first calls left out, and a disturbed one now and then?"
+    )
 
 
 @exercise("14.3")
