@@ -109,8 +109,9 @@ def enlarge(weight, q):
     "08.4": [_SHARE],
     "09.1": [
         """
-def balanced(pictures, texts, positives):
-    return torch.tensor(positives / (pictures * texts - positives)).log()
+def reach(loss, logits):
+    second = torch.autograd.functional.hessian(loss, logits)
+    return (second[0, 0] != 0).sum()
 """,
     ],
     "10.1": [

@@ -43,6 +43,7 @@ FUNCTIONS = {
         "my_loss_and_gradients",
         "MySigmoidLoss",
         "my_chunked_loss",
+        "my_softmax_and_gradients",
     ],
     "11": ["my_rollout", "my_occlusion", "my_gradient_tokens"],
     "12": ["my_fused_residual", "my_truncated_draws"],
@@ -130,6 +131,17 @@ def test_block_of_the_loss_equals_the_library():
     wanted = torch.zeros_like(image), torch.zeros_like(text)
     library = sigmoid_loss_block(image, text, scale, bias, together, wanted)
     torch.testing.assert_close((loss, d_bias, *sums), (*library, *wanted))
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 9])
+def test_softmax_in_blocks_equals_the_library(chunk):
+    mine = notebooks_own("09", "my_softmax_and_gradients")["my_softmax_and_gradients"]
+    vectors = nn.functional.normalize(torch.randn(2, 7, 4, dtype=torch.float64), dim=2)
+    scale = torch.tensor(1.3).double()
+    learned = [x.clone().requires_grad_() for x in vectors]
+    loss = siglip_lib.softmax_loss(*learned, scale)
+    wanted = loss.detach(), *torch.autograd.grad(loss, learned)
+    torch.testing.assert_close(mine(*vectors, scale, chunk), wanted)
 
 
 @pytest.mark.parametrize("new", [3, 7, 11, 12, 30])

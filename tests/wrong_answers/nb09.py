@@ -12,16 +12,38 @@ def in_halves(image, text, logit_scale, logit_bias):
 _CALL = "total += sigmoid_loss(x, y, logit_scale, logit_bias, *(ids.chunk(2)[k] for k in (i, j)))"
 _PLAIN_CALL = "total += sigmoid_loss(x, y, logit_scale, logit_bias)"
 
+_REACH = """
+def reach(loss, logits):
+    def gradient(place):
+        place = place.detach().clone().requires_grad_()
+        return torch.autograd.grad(loss(place), place)[0]
+
+    before, moved = gradient(logits), logits.clone()
+    {}
+    return {}
+"""
+
 WRONG = {
     "09.1": {
-        "def balanced(pictures, texts, positives): return math.log(pictures * texts / positives - 1)": "sign is wrong",
-        "def balanced(pictures, texts, positives): return positives / (pictures * texts - positives)": "the logarithm",
-        "def balanced(pictures, texts, positives): return math.log(positives / (pictures * texts))": "not all pairs",
-        "def balanced(pictures, texts, positives): return -math.log(pictures - 1)": "one text each",
-        "def balanced(pictures, texts, positives): return math.log(positives)": "nothing to balance",
-        "def balanced(pictures, texts, positives): return -10": "you say -10.0000",
-        "def balanced(pictures, texts, positives): return math.log(10 / 86)": "a number fixed",
-        "def balanced(pictures, texts, positives): return 'minus ten'": "must return a number",
+        _REACH.format(
+            "logits[0, 0] += 1", "(before != gradient(logits)).sum()"
+        ): "changed the logits",
+        _REACH.format(
+            "moved[0, 0] += 1", "(gradient(moved) != 0).sum()"
+        ): "count those that change",
+        _REACH.format("moved[0, 0] += 1", "(before == gradient(moved)).sum()"): "stay as they were",
+        _REACH.format(
+            "moved[0, 0] += 1", "(before != gradient(moved)).sum() - 1"
+        ): "counts as well",
+        _REACH.format(
+            "moved[0, 0] += 1", "(before != gradient(moved))[0].sum()"
+        ): "the row is not all",
+        _REACH.format(
+            "moved[0, 0] += 1", "sum((before != gradient(moved)).sum(k)[0] for k in (0, 1))"
+        ): "counts once",
+        _REACH.format("moved += 1", "(before != gradient(moved)).sum()"): "you say",
+        _REACH.format("moved[0, 0] += 1", "before != gradient(moved)"): "must return a number",
+        "def reach(loss, logits): return 2 * len(logits) - 1": "there are 1 that change",
     },
     "09.2": {
         "def by_logits(logits, yes): return logits.sigmoid() - yes.double()": "the sum over pairs",

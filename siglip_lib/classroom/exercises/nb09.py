@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from siglip_lib.classroom.exercises import answered, exercise
 from siglip_lib.classroom.exercises.helpers import (
@@ -18,26 +19,51 @@ from siglip_lib.classroom.exercises.helpers import (
 from siglip_lib.siglip.losses import sigmoid_loss
 
 
+def _softmax(logits: Tensor) -> Tensor:
+    return -(logits.log_softmax(0) + logits.log_softmax(1)).diagonal().mean() / 2
+
+
+_LOSSES = {  # by what couples the pairs: a loss, and what it reaches among B * B
+    "each pair alone": (lambda s: F.softplus(s).sum() - s.trace(), lambda side: 1),
+    "a softmax along rows and columns": (_softmax, lambda side: 2 * side - 1),
+    "a softmax along the rows": (lambda s: -s.log_softmax(1).diagonal().mean(), lambda side: side),
+    "a softmax along the columns": (
+        lambda s: -s.log_softmax(0).diagonal().mean(),
+        lambda side: side,
+    ),
+    "the sum of all pairs": (lambda s: s.sum().square(), lambda side: side**2),
+    "nothing: it is linear": (lambda s: (s * s.new_tensor(range(len(s)))).sum(), lambda side: 0),
+}
+
+
 @exercise("09.1")
-def balanced(answer) -> str | None:
-    returned = answered(answer(8, 12, 10))
-    if (found := number(returned)) is None:
-        return f"your function returns {returned!r}; it must return a number"
-    right, square = math.log(10 / 86), -math.log(7)
-    mistakes = {
-        "the sign is wrong: there are more negatives than positives, so b is negative": -right,
-        "that is the odds of a positive; b is the logarithm of that": 10 / 86,
-        "push is of the pairs that are no positives: those are not all pairs": math.log(10 / 96),
-        "that is for 8 pictures with one text each; here pairs are 8 · 12, positives 10": square,
-        "without the negatives there is nothing to balance": math.log(10),
-    }
-    if reason := first_match(found, mistakes, near(1e-6)):
-        return reason
-    if not math.isclose(found, right, rel_tol=1e-6):
-        return f"8 pictures, 12 texts, 10 positives: you say {found:.4f}, and there pull and push differ"
-    if not math.isclose(answer(32768, 32768, 32768), -math.log(32767), rel_tol=1e-6):
-        return "right for 8, 12 and 10, but not for the batch of section 3: is a number fixed in your code?"
+def reach(answer) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    for side in (5, 6):
+        logits = torch.randn(side, side, generator=generator, dtype=torch.float64)
+        for coupled, (loss, reached) in _LOSSES.items():
+            before, right = logits.clone(), reached(side)
+            returned = answered(answer(loss, logits))
+            if was_changed(logits, before):
+                return "your function changed the logits that it was given"
+            if (found := number(returned)) is None:
+                return f"your function returns {returned!r}; it must return a number"
+            if found != right:
+                return _why_not_reached(found, right, coupled, side)
     return None
+
+
+def _why_not_reached(found: float, right: int, coupled: str, side: int) -> str:
+    told = f"a loss of {side} pictures and texts, coupled by {coupled}: you say {found:g}"
+    mistakes = {
+        "that many gradients are not 0; count those that change": side**2,
+        "that many stay as they were": side**2 - right,
+        "the gradient by the logit that changes counts as well": right - 1,
+        "the row is not all, nor is the column": side if right == 2 * side - 1 else None,
+        "the pair in row and column 0 stands in both, and counts once": right + 1,
+    }
+    reason = first_match(found, mistakes, lambda a, b: a == b)
+    return f"{told}; {reason or f'there are {right} that change'}"
 
 
 @exercise("09.2")
