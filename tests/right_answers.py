@@ -129,11 +129,26 @@ def ensemble(vectors):
     ],
     "11.2": [
         """
-def keeping(blocks, pool, keep):
-    read = pool.double().mean(1)
-    for weights in reversed(blocks):
-        read = keep * read + (1 - keep) * read @ weights.double().mean(1)
-    return read[:, 0]
+def twins(tower, pixels, boxes, block, head):
+    half = pixels.shape[-1] // 2
+    left, right = pixels[..., :half], pixels[..., half:]
+    right = torch.cat([right[:, :, :half], left[:, :, :half]], 2)
+    with attention_maps(tower) as maps, torch.no_grad():
+        tower(torch.cat([left, right], 3))
+    weights = list(maps.values())[block][:, head].double()
+    side = round(weights.shape[-1] ** 0.5)
+    patch = pixels.shape[-1] / side
+    own_sum = twin_sum = patches = 0
+    for rows, box in zip(weights, boxes[:, 0].tolist()):
+        def lies_in(i, shift):
+            x, y = (i % side + 0.5) * patch - shift, (i // side + 0.5) * patch - shift
+            return box[0] <= x < box[2] and box[1] <= y < box[3]
+        own = [i for i in range(side**2) if lies_in(i, 0)]
+        twin = [i for i in range(side**2) if lies_in(i, half)]
+        own_sum = own_sum + rows[own][:, own].sum()
+        twin_sum = twin_sum + rows[own][:, twin].sum()
+        patches += len(own)
+    return torch.stack([own_sum, twin_sum]) / patches
 """,
     ],
     "12.4": [

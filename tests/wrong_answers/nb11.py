@@ -9,12 +9,25 @@ def mass(maps, boxes, size):
     inside = ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]
     return (maps * inside).sum((1, 2)) / maps.sum((1, 2))
 """
-_KEEPING = """
-def keeping(blocks, pool, keep):
-    read = pool.mean(1)
-    for weights in reversed(blocks):
-        read = keep * read + (1 - keep) * read @ weights.mean(1)
-    return read[:, 0]
+_TWINS = """
+def twins(tower, pixels, boxes, block, head):
+    half = pixels.shape[-1] // 2
+    scene = pixels.clone()
+    scene[:, :, half:, half:] = pixels[:, :, :half, :half]
+    with attention_maps(tower, layers=[block]) as maps, torch.no_grad():
+        tower(scene)
+    (weights,) = maps.values()
+    n = int(weights.shape[-1] ** 0.5)
+    centre = (torch.arange(n) + 0.5) * 2 * half / n
+
+    def covered(box):
+        x0, y0, x1, y1 = box[:, :, None].unbind(1)
+        down, across = (y0 <= centre) & (centre < y1), (x0 <= centre) & (centre < x1)
+        return (down[:, :, None] & across[:, None]).flatten(1).float()
+
+    own, twin = covered(boxes[:, 0]), covered(boxes[:, 0] + half)
+    given = torch.einsum("bq, bqk -> bk", own, weights[:, head])
+    return tuple((given * there).sum().item() / own.sum().item() for there in (own, twin))
 """
 _SQUARES = """
 @torch.no_grad()
@@ -54,20 +67,24 @@ WRONG = {
         "def mass(maps, boxes, size): return 0.5": "must be a tensor",
     },
     "11.2": {
+        _instead(_TWINS, "tower(scene)", "tower(pixels)"): "without a twin",
+        _instead(_TWINS, "in (own, twin))", "in (twin, own))"): "the order is",
+        _instead(_TWINS, "weights[:, head]", "weights[:, head - 1]"): "another head",
+        _instead(_TWINS, "layers=[block]", "layers=[block - 1]"): "another block",
         _instead(
-            _KEEPING, "keep * read + (1 - keep) *", "0.5 * read + 0.5 *"
-        ): "one half, whatever",
+            _TWINS,
+            "return tuple((given * there).sum().item() / own.sum().item()",
+            "return tuple(((given * there).sum(1) / own.sum(1)).mean().item()",
+        ): "do not take the mean over scenes",
         _instead(
-            _KEEPING, "keep * read + (1 - keep) *", "(1 - keep) * read + keep *"
-        ): "to what it looked at",
-        _instead(_KEEPING, "reversed(blocks)", "blocks"): "begin at the last block",
-        _instead(_KEEPING, "weights.mean(1)", "weights.mean(1).mT"): "follow the columns",
-        _instead(_KEEPING, ".mean(1)", ".amax(1)"): "the mean over the heads",
-        _instead(_KEEPING, "read[:, 0]", "read"): "shape (B, N)",
-        _instead(_KEEPING, "keep * read +", ""): "keep * r + (1 - keep)",
-        _instead(_KEEPING, "    read = pool", "    blocks.reverse()\n    read = pool").replace(
-            "reversed(blocks)", "blocks"
-        ): "changed the weights",
+            _TWINS, "/ own.sum().item()", "/ (given * (own + twin)).sum().item()"
+        ): "number of the object's patches",
+        _instead(_TWINS, "+ 0.5", ""): "by its centre",
+        _instead(_TWINS, "boxes[:, 0] + half", "boxes[:, 0] + half - 4"): "half a picture further",
+        _instead(_TWINS, "scene = pixels.clone()", "scene = pixels"): "changed the pixels",
+        _instead(_TWINS, "return tuple(", "return torch.tensor(list(").replace(
+            "(own, twin))", "(own, twin)))[None]"
+        ): "two numbers",
     },
     "11.3": {
         _instead(

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siglip_lib.classroom.exercises import answered, exercise
-from siglip_lib.classroom.exercises.helpers import first_match, is_tensor, was_changed
+from siglip_lib.classroom.exercises.helpers import (
+    first_match,
+    is_tensor,
+    near,
+    two_numbers,
+    was_changed,
+)
+from siglip_lib.evaluate.maps import attention_maps
 from siglip_lib.tower.vision_transformer import VisionTransformer
 
 
@@ -47,39 +54,75 @@ def mass(answer) -> str | None:
 
 
 @exercise("11.2")
-def keeping(answer) -> str | None:
-    generator = torch.Generator().manual_seed(0)
-    blocks = [torch.randn(2, 3, 5, 5, generator=generator).mul(2).softmax(-1) for _ in range(3)]
-    pool = torch.randn(2, 3, 1, 5, generator=generator).softmax(-1)
+def twins(answer) -> str | None:
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(0)
+        tower = VisionTransformer(
+            24, 4, embed_dim=24, depth=2, num_heads=3, class_token=False, global_pool="map", num_classes=0
+        )  # fmt: skip
+        for parameter in tower.parameters():
+            torch.nn.init.normal_(parameter, 0.1, 0.3)
+        tower.eval()
+        pixels = torch.rand(3, 3, 24, 24) * 2 - 1
+        # of 6 x 6 patches, whose centres stand at 2, 6, ... 22; the second box of each scene is not asked for
+        boxes = torch.tensor([[0, 0, 12, 7], [2, 1, 10, 12], [5, 3, 11, 10.0]])
+        boxes = torch.stack((boxes, boxes + torch.tensor([12, 0, 12, 0])), 1)
+        given = pixels.clone()
+        result = answered(answer(tower, given, boxes.clone(), 1, 2))
+        if was_changed(given, pixels):
+            return "your function changed the pixels that it was given"
+        found = two_numbers(result)
+        if found is None:
+            return "the result must be two numbers: the own object's share and the twin's"
 
-    def roll(blocks: list[Tensor], keep: float, heads=lambda w: w.mean(1)) -> Tensor:
-        read = heads(pool)
-        for weights in blocks:
-            read = keep * read + (1 - keep) * read @ heads(weights)
-        return read[:, 0]
+        def scene(to: slice, source: Tensor = pixels) -> Tensor:
+            changed = pixels.clone()
+            changed[:, :, to, to] = source[:, :, :12, :12]
+            return changed
 
-    given = [weights.clone() for weights in blocks]
-    found = answered(answer(given, pool.clone(), 0.8))
-    if was_changed(given, blocks):
-        return "your function changed the weights that it was given"
-    if not is_tensor(found, 2, 5):
-        return "the result must be a tensor of shape (B, N)"
-    found = found.float()
-    back, transposed = blocks[::-1], [weights.mT for weights in blocks[::-1]]
-    same = partial(torch.allclose, atol=1e-6)
-    if same(found, roll(back, 0.8)):
-        if not same(answer(blocks, pool, 1.0).float(), pool.mean(1)[:, 0]):
-            return "right for keep = 0.8, but keep = 1 does not give the pooling head's own map"
+        def shares(
+            scene: Tensor,
+            block: int = 1,
+            head: int = 2,
+            box: int = 0,
+            away: int = 12,
+            by_scene=False,
+        ):
+            with attention_maps(tower, [block]) as maps:
+                tower(scene)
+            (weights,) = maps.values()
+            own, twin = (
+                _inside(6, 6, boxes[:, box] + move, 24).flatten(1).float() for move in (0, away)
+            )
+            kept = torch.einsum("bq, bqk -> bk", own, weights[:, head])
+            each = torch.stack([(kept * there).sum(1) for there in (own, twin)])  # (2, B)
+            ends = (each / own.sum(1)).mean(1) if by_scene else each.sum(1) / own.sum()
+            return ends.tolist()
+
+        end = slice(12, None)
+        right = shares(scene(end))
+        mistakes = {
+            "the order is the own object's share, then the twin's": right[::-1],
+            "that is without a twin; copy the first quarter over the last before the tower runs": shares(
+                pixels
+            ),
+            "that is of another head": shares(scene(end), head=1),
+            "that is of another block": shares(scene(end), block=0),
+            "all patches of all scenes count alike; do not take the mean over scenes": shares(
+                scene(end), by_scene=True
+            ),
+            "divide by the number of the object's patches, and not by the weight that you found": [
+                x / sum(right) for x in right
+            ],
+        }
+
+    def same(found: tuple, value: list[float]) -> bool:
+        return all(map(near(1e-3), found, value))
+
+    if same(found, right):
         return None
-    mistakes = {
-        "that keeps one half, whatever keep is": roll(back, 0.5),
-        "keep is the share of what a token was; you give it to what it looked at": roll(back, 0.2),
-        "begin at the last block: the pooling head reads what that one wrote": roll(blocks, 0.8),
-        "a row says where a token looks; you follow the columns": roll(transposed, 0.8),
-        "take the mean over the heads": roll(back, 0.8, lambda w: w.amax(1)),
-    }
-    rule = "each block must turn r into keep * r + (1 - keep) * r @ A"
-    return first_match(found, mistakes, same) or f"the map is wrong; {rule}"
+    rule = "does a patch count by its centre, and are the twin's patches half a picture further right and down?"
+    return first_match(found, mistakes, same) or f"the shares are wrong; {rule}"
 
 
 @exercise("11.3")
