@@ -116,9 +116,27 @@ def reach(loss, logits):
     ],
     "10.1": [
         """
-def start_loss(batch, bias):
-    softplus = torch.nn.functional.softplus
-    return softplus(torch.tensor(-bias)) + (batch - 1) * softplus(torch.tensor(bias))
+def best_bias(scores, yes):
+    b = torch.zeros((), dtype=torch.float64)
+    for _ in range(300):
+        said = torch.sigmoid(scores.double() + b)
+        slope = said.sum() - yes.sum()
+        b = b - (slope / (said * (1 - said)).sum().clamp(min=1e-3)).clamp(-1, 1)
+    return b
+""",
+        """
+def best_bias(scores, yes):
+    b = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([b], lr=0.1, max_iter=1000, tolerance_grad=1e-9, tolerance_change=1e-12)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(scores + b, yes.float())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return b.item()
 """,
     ],
     "10.3": [

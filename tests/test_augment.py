@@ -284,6 +284,14 @@ def test_hue_turns_towards_yellow_and_towards_violet_and_leaves_grey():
     assert middle(blob((90, 90, 90)), hue=1.0) == pytest.approx([90] * 3, abs=0.01)
 
 
+@pytest.mark.parametrize("draw", [0.0, 0.25, 0.6, 1.0])
+def test_hue_turns_by_degrees(draw):
+    colours = np.array([middle(blob((150, 110, 70)), hue=hue) for hue in (0.5, draw)])
+    a, b = colours - colours.mean(1, keepdims=True)  # around the grey axis
+    cross = np.cross(a, b) @ np.ones(3) / 3**0.5
+    assert math.degrees(math.atan2(cross, a @ b)) == pytest.approx(40 * (draw - 0.5), abs=0.05)
+
+
 def test_blur_softens_and_keeps_the_sum():
     sharp, half, full = (opacity(letter(), neutral(1, blur=b))[0] for b in (0.25, 0.125, 0.0))
     assert torch.equal(sharp, opacity(letter(), neutral(1))[0])

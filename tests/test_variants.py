@@ -11,8 +11,10 @@ from torch import nn
 
 from siglip_lib import SigLIP, Tokenizer
 from siglip_lib.classroom import figure, plot_curves
+from siglip_lib.data.augmentation import compose
 from siglip_lib.data.emoji64 import load_emoji64, split
 from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
+from siglip_lib.siglip.losses import plain_sigmoid_loss, plain_softmax_loss
 from siglip_lib.train import (
     SHORT_COURSES,
     Runs,
@@ -23,7 +25,8 @@ from siglip_lib.train import (
     runs_table,
     short_runs,
 )
-from siglip_lib.train.variants import _verdict, training_and_validation
+from siglip_lib.train.batches import Batches
+from siglip_lib.train.variants import _Course, _verdict, training_and_validation
 
 mpl.use("Agg")
 
@@ -40,6 +43,7 @@ SIZES = replace(
     text_mlp_hidden=32,
 )
 CONFIG = TrainConfig(steps=6, batch=16, warmup=2, strength=0.0)
+CROWDED = replace(CONFIG, steps=1, batch=64)  # drawn blindly, it has several drawings of a concept
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,6 +133,70 @@ def test_it_is_what_training_gives(runs, emoji, monkeypatch):
     assert torch.equal(torch.stack(norms), runs["plain"].gradients[1])
 
 
+def first_step(variant: Variant) -> tuple[SigLIP, float]:
+    """The model at the start of a variant's training with seed 0, and the loss of the first step."""
+    found = short_runs({"": variant}, CROWDED, [0], "cpu")[""]
+    torch.manual_seed(0)
+    model = plain()
+    model.logit_bias.data.fill_(-math.log(64) if variant.bias is None else variant.bias)
+    return model, found.losses[0, 0].item()
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant(plain, [1e-2], bias=-3.0),
+        Variant(plain, [1e-2], loss="softmax"),
+        Variant(plain, [1e-2], batches="blind"),
+        Variant(plain, [1e-2], batches="blind", loss="softmax"),
+        Variant(plain, [1e-2], batches="ids"),
+    ],
+)
+def test_the_first_loss_is_what_the_variant_says(variant, emoji):
+    model, loss = first_step(variant)
+    places = training_and_validation(emoji)[0]
+    tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
+    unique = variant.batches == "unique"
+    batches = Batches(emoji, places, tokenizer, CROWDED, torch.device("cpu"), unique)
+    drawn = batches.of_step(0)
+    with torch.no_grad():
+        assert (len(drawn["concept"].unique()) == 64) == unique
+        image = model.encode_image(compose(batches.pictures[drawn["which"]]))
+        text = model.encode_text(batches.tokens[drawn["text"]])
+        ids = (drawn["concept"],) * 2 if variant.batches == "ids" else ()
+        if variant.loss == "softmax":
+            wanted = plain_softmax_loss(image, text, model.logit_scale)
+        else:
+            wanted = plain_sigmoid_loss(image, text, model.logit_scale, model.logit_bias, *ids)
+    assert loss == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_recall_at_the_marks_changes_nothing_else():
+    config = replace(CONFIG, steps=60)
+    marked = short_runs({"": Variant(dropping, [1e-2])}, config, [0], "cpu", [20, 50, 60])[""]
+    assert list(marked.courses) == ["training", "validation"]
+    assert all(x.shape == (1, 3) and x.dtype == torch.float32 for x in marked.courses.values())
+    assert marked.courses["validation"][0, 2] == marked.recall[0]
+    unmarked = short_runs({"": Variant(dropping, [1e-2])}, config, [0], "cpu")[""]
+    assert torch.equal(marked.losses, unmarked.losses)
+    assert unmarked.courses["training"].shape == (1, 0)
+
+
+def test_recall_on_training_is_that_of_pictures_spread_over_it(emoji):
+    places, validation = torch.arange(100), torch.arange(1000, 1010)
+    asked = []
+    course = _Course(emoji, places, validation, None, torch.device("cpu"))
+
+    def ranks_of(model, course, places):
+        asked.extend(places.tolist())
+        return torch.tensor([1.0] * 10 + [5.0, 6.0] * 5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("siglip_lib.train.variants._ranks", ranks_of)
+        assert course.recall(None).tolist() == [1.0, 0.5]
+    assert asked == [*range(0, 100, 11), *range(1000, 1010)]
+
+
 def test_the_gradient_is_that_before_clipping(runs):
     config = replace(CONFIG, clip=1e-3)
     clipped = short_runs({"": Variant(plain, [1e-2])}, config, [0], "cpu")[""]
@@ -169,9 +237,10 @@ def test_a_rate_that_diverges_is_not_chosen(monkeypatch):
 
     trained = []
 
-    def train(build, config, course, bar):
+    def train(variant, config, course, marks, bar):
         trained.append((config.seed, config.lr))
-        return torch.zeros(6), torch.zeros(6), torch.tensor(ranks[config.lr]).float()
+        found = torch.tensor(ranks[config.lr]).float()
+        return torch.zeros(6), torch.zeros(6), found, torch.zeros(0, 2)
 
     monkeypatch.setattr("siglip_lib.train.variants._train", train)
     for rates, chosen in (([0.5, 0.1], 0.1), ([0.1, 0.01, 0.001], 0.01)):
@@ -218,6 +287,17 @@ def test_validation_is_a_designer_of_the_training_and_not_of_the_test(emoji):
         (dict(variants={"a": Variant(plain, [math.nan])}), ValueError, "lr=nan must be finite"),
         (dict(variants={"a": Variant(plain, [1e-3], 0)}), ValueError, "warmup=0 must be"),
         (dict(variants={"a": Variant(lambda: nn.Linear(2, 2), [1])}), TypeError, "not Linear"),
+        (dict(variants={"a": Variant(plain, [1], bias=math.inf)}), ValueError, "a: bias=inf must"),
+        (dict(variants={"a": Variant(plain, [1], loss="l2")}), ValueError, "a: loss='l2' is"),
+        (dict(variants={"a": Variant(plain, [1], batches="")}), ValueError, "a: batches='' is"),
+        (
+            dict(variants={"a": Variant(plain, [1], loss="softmax", batches="ids")}),
+            ValueError,
+            "CLIP's loss takes no ids",
+        ),
+        (dict(marks=[7]), ValueError, r"marks=\[7\] must ascend, up to 6 at most"),
+        (dict(marks=[3, 3]), ValueError, r"marks=\[3, 3\] must ascend"),
+        (dict(marks=[0]), ValueError, "marks=0 must be at least 1"),
         (
             dict(variants={"a": Variant(lambda: SigLIP(replace(SIZES, vocab_size=9)), [1])}),
             ValueError,
@@ -227,13 +307,13 @@ def test_validation_is_a_designer_of_the_training_and_not_of_the_test(emoji):
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(change, error, message, monkeypatch):
     monkeypatch.setattr("siglip_lib.train.variants._train", pytest.fail)
-    given = dict(variants={}, seeds=[0]) | change
-    if "seeds" in change:
+    given = dict(variants={}, seeds=[0], marks=[]) | change
+    if "variants" not in change:
         given["variants"] = {"first": Variant(plain, [1e-3])}
     elif given["variants"]:
         given["variants"] = {"first": Variant(plain, [1e-3])} | given["variants"]
     with pytest.raises(error, match=message):
-        short_runs(given["variants"], CONFIG, given["seeds"], "cpu")
+        short_runs(given["variants"], CONFIG, given["seeds"], "cpu", given["marks"])
 
 
 def test_on_a_gpu_the_norms_are_noted_in_the_graph_too(gpu, runs):

@@ -15,11 +15,19 @@ from siglip_lib.train.recipe import TrainConfig
 class Batches:
     """The batches of a training, each of which follows from the seed and the step's number alone.
 
+    Args:
+        emoji: the pictures and names.
+        places: (n,) which of the pictures to train on.
+        tokenizer: of the captions.
+        config: how to train.
+        device: where the batches are needed.
+        unique: whether no batch shows a concept twice where there are enough of them, else pictures are drawn blindly.
+
     Attributes:
         block: steps whose random numbers are drawn at once, and whose losses are read together.
         pictures: (n, 4, 64, 64) uint8, those to train on.
         tokens: (captions, N) int64, of all captions, concept after concept.
-        unique: whether no batch shows a concept twice, since there are enough of them.
+        unique: whether no batch shows a concept twice.
 
     Raises:
         ValueError: there are fewer pictures than a batch needs.
@@ -34,6 +42,7 @@ class Batches:
         tokenizer: Tokenizer,
         config: TrainConfig,
         device: torch.device,
+        unique: bool = True,
     ) -> None:
         if config.batch > len(places):
             raise ValueError(
@@ -41,7 +50,7 @@ class Batches:
             )
         self._config, self._device = config, device
         self._concept = emoji.concept[places]
-        self.unique = config.batch <= len(self._concept.unique())
+        self.unique = unique and config.batch <= len(self._concept.unique())
         self.pictures = emoji.pictures[places].to(device)
         table = [
             captions(name, words if config.keywords else [])

@@ -67,6 +67,7 @@ class Training:
     group: dist.ProcessGroup | None = None  # the processes that train together; None for one alone
     rank = 0  # of this process in it
     _rows = slice(None)  # of each batch; of several processes each has some
+    _unique = True  # batches show no concept twice, see ``Batches``
     # before a CUDA graph is recorded: libraries set themselves up in the first ones
     _eager_steps: float = 3
     _stream: torch.cuda.Stream | None = None  # that the graph is recorded on; a new one if None
@@ -84,7 +85,7 @@ class Training:
         check_tokenizer(tokenizer, model.config)
         device = torch.device(device)
         self.model, self.config, self.device = model, config, device
-        self._batches = Batches(emoji, places, tokenizer, config, device)
+        self._batches = Batches(emoji, places, tokenizer, config, device, self._unique)
         model.to(device).train()
         self._pair_loss = self._new_pair_loss(model)  # may shard the weights: before the optimizer
         self.optimizer = new_optimizer(model, config, device)

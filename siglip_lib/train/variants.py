@@ -4,16 +4,17 @@ import gc
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from siglip_lib.base.checks import count
+from siglip_lib.base.checks import count, finite, one_of
 from siglip_lib.data.emoji64 import Emoji64, load_emoji64, split
 from siglip_lib.evaluate.retrieval import ranks
 from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
+from siglip_lib.siglip.losses import sigmoid_loss, softmax_loss
 from siglip_lib.siglip.model import (
     SigLIP,
     SigLIPConfig,
@@ -24,12 +25,13 @@ from siglip_lib.siglip.model import (
 from siglip_lib.siglip.text import Tokenizer
 from siglip_lib.train.batches import Batches
 from siglip_lib.train.recipe import TrainConfig
-from siglip_lib.train.training import Diverged, Training
+from siglip_lib.train.training import Diverged, PairLoss, Training
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 VALIDATION, TEST = "emojione", "twemoji"  # designers
+LOSSES, BATCHES = ("sigmoid", "softmax"), ("unique", "blind", "ids")
 # Towers for short trainings, of 16 patches to a picture. The first is else the one that ships, the second is for a CPU.
 _SHORT = replace(EMOJI64_SIGLIP, patch_size=16)
 _TINY = replace(
@@ -81,11 +83,18 @@ class Variant:
             the shipped tokenizer.
         rates: learning rates to choose from; of one there is no choice.
         warmup: steps of the linear rise; the config's if None. 1 is none: the first step has the highest rate.
+        bias: of the logits at the start; -log(batch) if None.
+        loss: "sigmoid", or "softmax" for CLIP's.
+        batches: "unique", each pair of another concept, where there are enough; "blind", any pictures, each of which
+            belongs to its own text alone; "ids", the same pictures, and all pairs of one concept belong together.
     """
 
     build: Callable[[], SigLIP]
     rates: Sequence[float]
     warmup: int | None = None
+    bias: float | None = None
+    loss: str = "sigmoid"
+    batches: str = "unique"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +110,9 @@ class Runs:
             losses are.
         recall: (seeds,) float32, share of the validation pictures whose own name is among the five nearest of all
             names; NaN where the training diverged, or a vector has no direction.
+        marks: steps after which recall was measured.
+        courses: (seeds, marks) float32, that recall after these steps: of as many pictures of the "training", spread
+            over it, and of the "validation" pictures.
     """
 
     lr: float
@@ -108,6 +120,8 @@ class Runs:
     losses: Tensor
     gradients: Tensor
     recall: Tensor
+    marks: Sequence[int] = ()
+    courses: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def final_loss(self) -> Tensor:
@@ -131,22 +145,24 @@ def short_runs(
     config: TrainConfig,
     seeds: Sequence[int],
     device: torch.device | str,
+    marks: Sequence[int] = (),
 ) -> dict[Hashable, Runs]:
     """Train every variant with every seed on emoji64, and show a bar of all steps.
 
-    A seed decides the weights at the start, the batches and the augmentation, so all variants see the same batches. Of
-    several rates a variant takes the one with the highest mean of 1 / rank on the validation pictures, which is finer
-    than recall, after a training of its own, with the seed after the largest of ``seeds``. torch's generators are left
-    as they were.
+    A seed decides the weights at the start, the batches and the augmentation, so all variants see the same batches;
+    "blind" and "ids" have others than "unique", the same for both. Of several rates a variant takes the one with the
+    highest mean of 1 / rank on the validation pictures, which is finer than recall, after a training of its own, with
+    the seed after the largest of ``seeds``. torch's generators are left as they were.
 
-    The bias of the logits starts at -log(batch), where a pair has a probability of about 1 / batch. From SigLIP's -10,
-    which suits batches of exp(10) pairs, many of the few steps would go to the bias alone.
+    Unless a variant says otherwise, the bias of the logits starts at -log(batch), where a pair has a probability of
+    about 1 / batch. SigLIP's -10 suits batches of exp(10) pairs.
 
     Args:
         variants: by name.
         config: how to train all of them; its ``lr`` and ``seed`` are not used, its ``warmup`` where a variant has none.
         seeds: different numbers.
         device: where.
+        marks: steps after which recall is measured too, ascending; of the trainings with ``seeds`` alone.
 
     Returns:
         The trainings by the variants' names.
@@ -157,6 +173,9 @@ def short_runs(
         TypeError: what is no ``Variant``, a build that is no function, or returns no SigLIP. Nothing was trained.
     """
     device = torch.device(device)
+    marks = [count("marks", mark, least=1) for mark in marks]
+    if marks != sorted({*marks}) or marks[-1:] > [config.steps]:
+        raise ValueError(f"marks={marks} must ascend, up to {config.steps} at most")
     plans = {name: _Plan(name, variant, config, seeds) for name, variant in variants.items()}
     if not plans:
         raise ValueError("variants is empty")
@@ -165,14 +184,14 @@ def short_runs(
     )
     with _seeded(0, device):
         for name, plan in plans.items():
-            _check_model(name, plan.build(), tokenizer)
+            _check_model(name, plan.variant.build(), tokenizer)
     emoji = load_emoji64()
     course = _Course(emoji, *training_and_validation(emoji), tokenizer, device)
     trainings = sum(len(plan.trials) + len(plan.seeds) for plan in plans.values())
     from tqdm.auto import tqdm
 
     with tqdm(total=trainings * config.steps, unit="step") as bar:
-        return {name: _runs(plan, course, bar) for name, plan in plans.items()}
+        return {name: _runs(plan, course, marks, bar) for name, plan in plans.items()}
 
 
 def runs_table(runs: Mapping[Hashable, Runs]) -> str:
@@ -241,7 +260,13 @@ class _Plan:
             raise TypeError(f"{name}: {variant!r} must be a Variant")
         if not callable(variant.build):
             raise TypeError(f"{name}: build={variant.build!r} must be a function")
-        self.build = variant.build
+        one_of(f"{name}: loss", variant.loss, LOSSES)
+        one_of(f"{name}: batches", variant.batches, BATCHES)
+        if (variant.loss, variant.batches) == ("softmax", "ids"):
+            raise ValueError(f"{name}: CLIP's loss takes no ids, as each text has one picture")
+        if variant.bias is not None:
+            finite(f"{name}: bias", variant.bias)
+        self.variant = variant
         seeds = [count("seeds", seed) for seed in seeds]
         if not seeds or len({*seeds}) < len(seeds):
             raise ValueError(f"seeds={seeds} must be different numbers, at least one")
@@ -265,37 +290,49 @@ class _Course:
     tokenizer: Tokenizer
     device: torch.device
 
+    def recall(self, model: SigLIP) -> Tensor:
+        """Return recall at 5 (2,) of as many pictures of the training as of validation, and of these."""
+        spread = torch.linspace(0, len(self.places) - 1, len(self.validation)).long()
+        found = _ranks(model, self, torch.cat([self.places[spread], self.validation]))  # (2 n,)
+        return _recall(found.view(2, -1))
 
-def _runs(plan: _Plan, course: _Course, bar: "tqdm") -> Runs:
+
+def _runs(plan: _Plan, course: _Course, marks: Sequence[int], bar: "tqdm") -> Runs:
     tried = {}
     for trial in plan.trials:
-        found = _train(plan.build, trial, course, bar)[2]
+        found = _train(plan.variant, trial, course, [], bar)[2]
         tried[trial.lr] = (1 / found).mean().item()
     # a rate that diverged is the worst
     lr = max(tried, key=lambda rate: -1 if math.isnan(tried[rate]) else tried[rate], default=None)
     configs = [config if lr is None else replace(config, lr=lr) for config in plan.seeds]
-    trained = (_train(plan.build, config, course, bar) for config in configs)
-    losses, gradients, found = (torch.stack(rows) for rows in zip(*trained, strict=True))
-    among = torch.where(found.isnan(), torch.nan, (found <= 5).float())  # (seeds, n)
-    return Runs(configs[0].lr, tried, losses, gradients, among.mean(1))
+    trained = (_train(plan.variant, config, course, marks, bar) for config in configs)
+    losses, gradients, found, at_marks = (torch.stack(rows) for rows in zip(*trained, strict=True))
+    courses = dict(zip(("training", "validation"), at_marks.unbind(2), strict=True))
+    return Runs(configs[0].lr, tried, losses, gradients, _recall(found), marks, courses)
 
 
 def _train(
-    build: Callable[[], SigLIP], config: TrainConfig, course: _Course, bar: "tqdm"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses and gradients (steps,), and ranks (n,) of the validation pictures' names, all float32."""
-    shown = 0
+    variant: Variant, config: TrainConfig, course: _Course, marks: Sequence[int], bar: "tqdm"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return losses and gradients (steps,), ranks (n,) of the validation pictures' names, recall (marks, 2).
+
+    All are float32. Recall after the marks is that of training and of validation pictures.
+    """
+    shown, at_marks = 0, torch.full((len(marks), 2), torch.nan)
     with _seeded(config.seed, course.device):
         parts = (course.tokenizer, course.emoji, course.places, config, course.device)
-        model = build()
-        nn.init.constant_(model.logit_bias, -math.log(config.batch))
-        training = _Watched(model, *parts)
-        ends = [*range(Batches.block, config.steps, Batches.block), config.steps]
+        model = variant.build()
+        bias = -math.log(config.batch) if variant.bias is None else variant.bias
+        nn.init.constant_(model.logit_bias, bias)
+        training = _Watched(variant, model, *parts)
+        ends = sorted({*range(Batches.block, config.steps, Batches.block), *marks, config.steps})
         with suppress(Diverged):
             for end in ends:
                 training.run(end, progress=False)
                 bar.update(end - shown)
                 shown = end
+                if end in marks:
+                    at_marks[marks.index(end)] = course.recall(training.model)
     bar.update(config.steps - shown)
     done = len(training.losses)
     losses, gradients = torch.full((2, config.steps), torch.nan)
@@ -303,22 +340,29 @@ def _train(
     gradients[:done] = training.norms[:done].cpu()
     found = torch.full((len(course.validation),), torch.nan)
     if done == config.steps:
-        found = _ranks(training.model, course)
+        found = _ranks(training.model, course, course.validation)
     training.release()
     del training
     gc.collect()  # it refers to itself, and holds a GPU's memory
-    return losses, gradients, found
+    return losses, gradients, found, at_marks
 
 
-def _ranks(model: SigLIP, course: _Course) -> Tensor:
-    emoji, validation = course.emoji, course.validation
+def _ranks(model: SigLIP, course: _Course, places: Tensor) -> Tensor:
+    """Return the ranks (n,) of the names of the pictures at ``places``; NaN if a vector has no direction."""
+    emoji, was_training = course.emoji, model.training
     model.eval()
     texts = embed_texts(model, course.tokenizer, emoji.names)  # (names, width)
-    pictures = embed_pictures(model, emoji.pictures[validation])  # (n, width)
+    pictures = embed_pictures(model, emoji.pictures[places])  # (n, width)
+    model.train(was_training)
     if any(not ((x.norm(dim=1) - 1).abs() < 1e-3).all() for x in (texts, pictures)):
-        return torch.full((len(validation),), torch.nan)
+        return torch.full((len(places),), torch.nan)
     names = torch.arange(len(texts))
-    return ranks(pictures.cpu(), texts.cpu(), emoji.concept[validation], names).float()
+    return ranks(pictures.cpu(), texts.cpu(), emoji.concept[places], names).float()
+
+
+def _recall(found: Tensor) -> Tensor:
+    """Return the share of ranks (..., n) that are at most 5, NaN where one is."""
+    return torch.where(found.isnan(), torch.nan, (found <= 5).float()).mean(-1)
 
 
 def _check_model(name: Hashable, model: object, tokenizer: Tokenizer) -> None:
@@ -337,18 +381,40 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class _Watched(Training):
-    """A training that notes the norm of every step's gradient, before it is clipped, in ``norms`` (steps,)."""
+    """A variant's training; it notes the norm of every step's gradient, before it is clipped, in ``norms`` (steps,)."""
 
-    def __init__(self, *parts) -> None:
+    def __init__(self, variant: Variant, *parts) -> None:
+        self._variant, self._unique = variant, variant.batches == "unique"
         super().__init__(*parts)
         # on the device, and counted there: a CUDA graph replays what it recorded
         self.norms = torch.zeros(self.config.steps, device=self.device)
         self._place = torch.zeros(1, dtype=torch.int64, device=self.device)
 
+    def _new_pair_loss(self, model: SigLIP) -> nn.Module:
+        return PairLoss(model, _loss_of(self._variant))
+
     def _clip(self) -> None:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.norms.index_copy_(0, self._place, norm[None])
         self._place.add_(1)
+
+
+def _loss_of(variant: Variant) -> Callable[..., Tensor]:
+    if variant.loss == "softmax":
+        return _softmax
+    return _blind if variant.batches == "blind" else sigmoid_loss
+
+
+def _blind(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, *ids: Tensor | None
+) -> Tensor:
+    return sigmoid_loss(image, text, logit_scale, logit_bias)
+
+
+def _softmax(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, *ids: Tensor | None
+) -> Tensor:
+    return softmax_loss(image, text, logit_scale)  # a bias would cancel
 
 
 class _RememberingTokenizer(Tokenizer):

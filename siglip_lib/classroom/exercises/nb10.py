@@ -15,33 +15,61 @@ from siglip_lib.classroom.exercises.helpers import (
 )
 
 
-def _softplus(x: float) -> float:
-    return math.log1p(math.exp(x))
+def _best_bias(scores: torch.Tensor, yes: torch.Tensor) -> float:
+    low, high = -1000.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (
+            (low, middle) if (scores + middle).sigmoid().sum() > yes.sum() else (middle, high)
+        )
+    return low
 
 
 @exercise("10.1")
-def start_loss(answer) -> str | None:
-    for batch, bias in ((512, -10.0), (64, -2.0), (1, 0.5)):
-        yes, no = _softplus(-bias), _softplus(bias)
-        right = yes + (batch - 1) * no
-        returned = answered(answer(batch, bias))
+def best_bias(answer) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, spread, mean in (
+        (40, 40, 2.0, 0.0),
+        (16, 24, 5.0, 8.0),
+        (64, 64, 1.0, -6.0),
+    ):
+        scores = spread * torch.randn(rows, columns, generator=generator) + mean
+        yes = torch.rand(rows, columns, generator=generator) < 1 / rows
+        scores += 2 * spread * yes
+        before = scores.clone(), yes.clone()
+        returned = answered(answer(scores, yes))
         if (found := number(returned)) is None:
             return f"your function returns {returned!r}; it must return a number"
-        if math.isclose(found, right, rel_tol=1e-6):
+        if was_changed(scores, before[0]) or was_changed(yes, before[1]):
+            return "your function changed the scores or yes"
+        right = _best_bias(scores.double(), yes)
+        if abs(found - right) <= 0.0101:
             continue
+        share = yes.double().mean()
         mistakes = {
-            "the B - 1 texts that do not belong to the picture are missing": yes,
-            "a picture has one text of its own and B - 1 others, not B": yes + batch * no,
-            "yes and no are exchanged: yes costs -log sigmoid(b)": no + (batch - 1) * yes,
-            "the text that does belong to the picture is missing": (batch - 1) * no,
-            "that is the sum; SigLIP divides it by the number of pictures": batch * right,
-            "that is divided by B twice; divide the sum over B² pairs by B": right / batch,
-            "the sign is wrong: a loss is positive": -right,
+            "the sign is wrong: b is added to the scores": -right,
+            "that is the bias if all scores were 0: log of the odds of a yes": share.logit().item(),
+            "the probabilities must add up to the pairs that belong together, not the logits above 0": -(
+                scores.double().flatten().sort(descending=True).values[yes.sum()].item()
+            ),
+            "a yes and a no must count alike: each pair is one term of the loss": _balanced(
+                scores, yes
+            ),
         }
-        if reason := first_match(found, mistakes, near(1e-6)):
+        if reason := first_match(found, mistakes, near(0.01)):
             return reason
-        return f"for B = {batch}, b = {bias} your loss is {found:.4g}; it must be {right:.4g}"
+        return f"your bias is {found:.3f}; the loss is least at {right:.3f}"
     return None
+
+
+def _balanced(scores: torch.Tensor, yes: torch.Tensor) -> float:
+    """The bias where pull and push are equal if each yes weighs as much as all no together do for one yes."""
+    low, high = -1000.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        said = (scores.double() + middle).sigmoid()
+        low, high = (low, middle) if said[~yes].mean() > (1 - said[yes]).mean() else (middle, high)
+    return low
 
 
 @exercise("10.2")
