@@ -135,6 +135,20 @@ def keeping(blocks, pool, keep):
     return read[:, 0]
 """,
     ],
+    "13.2": [
+        """
+def lazy(q, k, v, scale, block, threshold):
+    s, risen, outs = scale * q @ k.T, 0, []
+    for row in s:
+        m = -math.inf
+        for part in row.split(block):
+            if part.max() - threshold > m:
+                m, risen = part.max(), risen + 1
+        p = (row - m).exp()
+        outs.append(p @ v / p.sum())
+    return [torch.stack(outs), torch.tensor(risen)]
+""",
+    ],
     "14.1": ["def meets(*ranks): return (torch.tensor(ranks[0]) - ranks[1]) % ranks[2]"],
     "14.2": [
         """

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -55,7 +55,7 @@ class CompileReport:
         serialised: whether Hopper's products (wgmma) run one by one; false for other GPUs, which have none.
         opcodes: how often each instruction stands in the assembler's listing, by its name up to the first dot, of the
             MUFU family with what it computes (FMUL, MUFU.EX2; products are HGMMA, on Hopper, or HMMA); empty unless
-            asked for.
+            asked for, or where Triton came without the tools that list them.
     """
 
     registers: int
@@ -169,7 +169,10 @@ def _report(
     log = log.getvalue()
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
-    found = _opcodes(compiled.asm["sass"]) if opcodes else {}
+    found = {}
+    if opcodes:
+        with suppress(RuntimeError, OSError, subprocess.SubprocessError):
+            found = _opcodes(compiled.asm["sass"])
     return CompileReport(registers, spilled, compiled.metadata.shared, "serialized" in log, found)
 
 
