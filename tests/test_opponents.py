@@ -142,7 +142,7 @@ def test_an_error_of_the_package_reaches_the_caller(install):
 
 def test_a_package_that_cannot_be_imported_says_so(install, monkeypatch):
     install(BOTH)
-    broken = replace(OPPONENTS["flash-attn 4"], module="siglip_lib.no_such_opponent")
+    broken = replace(OPPONENTS["flash-attn 4"], module="no_such_opponent")
     monkeypatch.setattr(opponents.Opponent, "why_not", lambda *case: None)
     with pytest.raises(ModuleNotFoundError, match="no_such_opponent"):
         broken(*torch.zeros(3, 1, 2, 1, 8))
