@@ -195,6 +195,20 @@ def limit(run, copy, size):
     return np.array(["memory", "arithmetic"])[int(seconds[run, size] / seconds[copy, size] >= 2)]
 """,
     ],
+    "13.2": [
+        """
+def lazy(q, k, v, scale, block, threshold):
+    s, risen, outs = scale * q @ k.T, 0, []
+    for row in s:
+        m = -math.inf
+        for part in row.split(block):
+            if part.max() - threshold > m:
+                m, risen = part.max(), risen + 1
+        p = (row - m).exp()
+        outs.append(p @ v / p.sum())
+    return [torch.stack(outs), torch.tensor(risen)]
+""",
+    ],
     "14.1": ["def meets(*ranks): return (torch.tensor(ranks[0]) - ranks[1]) % ranks[2]"],
     "14.2": [
         """

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from siglip_lib.base.offers import TRITON_HEAD_DIMS
-from siglip_lib.kernels.report import Launch, compile_reports, library_launches
+from siglip_lib.kernels.report import Launch, _opcodes, compile_reports, library_launches
 
 # bytes of shared memory that a thread block may have, by compute capability
 # source: CUDA C++ Programming Guide, table of technical specifications
@@ -98,3 +98,32 @@ def test_equal_launches_have_equal_reports():
     launch = library_launches((8, 0), [])["pair losses"]
     reports = compile_reports({1: launch, 2: launch})
     assert reports[1] == reports[2]
+
+
+def test_instructions_are_counted_where_asked_for():
+    """On Hopper a product is an HGMMA, before it an HMMA; an exponential in base 2 is a MUFU.EX2."""
+    launches = {
+        capability: library_launches(capability, [72])["forward 72"]
+        for capability in ((8, 0), (9, 0))
+    }
+    before, hopper = compile_reports(launches, opcodes=True).values()
+    assert before.opcodes["HMMA"] >= 16
+    assert "HGMMA" not in before.opcodes
+    assert hopper.opcodes["HGMMA"] >= 8
+    assert "HMMA" not in hopper.opcodes
+    # 4 warps have 64 scores of 128 x 64 each, and another factor for each of their two rows
+    assert 64 <= hopper.opcodes["MUFU.EX2"] <= 64 + 4
+    assert set(compile_reports(launches).popitem()[1].opcodes) == set()
+
+
+def test_a_line_of_the_listing_is_one_instruction():
+    listing = """Function:one
+--:-:1:-:8\tLDC R1, c[0x0][0x28];
+04:-:-:Y:2\t@!P0 FMUL R0, R1, R2;
+04:-:2:-:2\tMUFU.EX2 R0, R0;
+04:-:2:-:2\t@UP0 UIADD3 UR4, UR4, 1;
+--:-:-:-:4\tHGMMA.64x32x16.F32.BF16 R40, gdesc[UR8], RZ, !UPT;
+--:-:-:-:4\tFMUL.FTZ R3, R1, R2;
+"""
+    wanted = {"LDC": 1, "FMUL": 2, "MUFU.EX2": 1, "UIADD3": 1, "HGMMA": 1}
+    assert _opcodes(listing) == wanted

@@ -12,9 +12,10 @@ import pickle
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Hashable, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
@@ -52,16 +53,26 @@ class CompileReport:
         spilled: bytes that a thread writes to memory because it has no register for them.
         shared: bytes of shared memory of a thread block.
         serialised: whether Hopper's products (wgmma) run one by one; false for other GPUs, which have none.
+        opcodes: how often each instruction stands in the assembler's listing, by its name up to the first dot, of the
+            MUFU family with what it computes (FMUL, MUFU.EX2; products are HGMMA, on Hopper, or HMMA); empty unless
+            asked for, or where Triton came without the tools that list them.
     """
 
     registers: int
     spilled: int
     shared: int
     serialised: bool
+    opcodes: dict[str, int] = field(default_factory=dict)
 
 
-def compile_reports(launches: dict[Hashable, Launch]) -> dict[Hashable, CompileReport]:
+def compile_reports(
+    launches: dict[Hashable, Launch], *, opcodes: bool = False
+) -> dict[Hashable, CompileReport]:
     """Compile each launch, which takes about half a second, and return under its key what the assembler said.
+
+    Args:
+        launches: by keys of the caller's choice.
+        opcodes: whether to count the instructions of the listing, which takes about as long again.
 
     Raises:
         ValueError: a compute capability below 8.0.
@@ -77,7 +88,7 @@ def compile_reports(launches: dict[Hashable, Launch]) -> dict[Hashable, CompileR
         target = GPUTarget("cuda", 10 * major + minor, 32)
         name = launch.kernel.fn.__name__
         jobs.append((_source(launch.kernel), name, target, launch.arguments, launch.constants))
-    return dict(zip(launches, _compiled(pickle.dumps(jobs)), strict=True))
+    return dict(zip(launches, _compiled(pickle.dumps((opcodes, jobs))), strict=True))
 
 
 def library_launches(
@@ -121,10 +132,10 @@ def _source(kernel: KernelInterface) -> str:
 
 
 @functools.cache
-def _compiled(jobs: bytes) -> list[CompileReport]:
+def _compiled(asked: bytes) -> list[CompileReport]:
     done = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import _answer; _answer()"],
-        input=jobs,
+        input=asked,
         capture_output=True,
         env=os.environ | {"TRITON_INTERPRET": "0"},
     )
@@ -137,12 +148,13 @@ def _answer() -> None:
     """In the process that compiles: read jobs, write reports."""
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.always_compile = True  # what lies in Triton's cache comes without a log
-    reports = [_report(*job) for job in pickle.load(sys.stdin.buffer)]
+    opcodes, jobs = pickle.load(sys.stdin.buffer)
+    reports = [_report(*job, opcodes) for job in jobs]
     sys.stdout.buffer.write(pickle.dumps(reports))
 
 
 def _report(
-    source: str, name: str, target: GPUTarget, arguments: tuple, constants: dict
+    source: str, name: str, target: GPUTarget, arguments: tuple, constants: dict, opcodes: bool
 ) -> CompileReport:
     file = f"<{name}, {len(linecache.cache)}>"  # where Triton looks the source up
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
@@ -157,4 +169,14 @@ def _report(
     log = log.getvalue()
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
-    return CompileReport(registers, spilled, compiled.metadata.shared, "serialized" in log)
+    found = {}
+    if opcodes:
+        with suppress(RuntimeError, OSError, subprocess.SubprocessError):
+            found = _opcodes(compiled.asm["sass"])
+    return CompileReport(registers, spilled, compiled.metadata.shared, "serialized" in log, found)
+
+
+def _opcodes(listing: str) -> dict[str, int]:
+    """Count instructions: in a line of the listing a tab, perhaps a predicate (@!P0), then the name."""
+    names = re.findall(r"\t(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9]+)?)", listing)
+    return dict(Counter(x if x.startswith("MUFU") else x.partition(".")[0] for x in names))

@@ -24,6 +24,29 @@ def _causal(old: str, new: str) -> str:
     return _CAUSAL.replace(old, new)
 
 
+_LAZY = """
+def lazy(q, k, v, scale, block, threshold):
+    m = torch.full_like(q[:, 0], -math.inf)
+    best = m
+    total, o, risen = torch.zeros_like(m), torch.zeros_like(q), 0
+    for keys, values in zip(k.split(block), v.split(block), strict=True):
+        s = scale * q @ keys.T
+        most = s.amax(1)
+        rises = most > m + threshold
+        new = torch.where(rises, most, m)
+        best = torch.maximum(best, most)
+        shrink, p = (m - new).exp(), (s - new[:, None]).exp()
+        total, o, m = total * shrink + p.sum(1), o * shrink[:, None] + p @ values, new
+        risen += rises.sum().item()
+    return o / total[:, None], risen
+"""
+
+
+def _lazy(old: str, new: str) -> str:
+    assert old in _LAZY
+    return _LAZY.replace(old, new)
+
+
 WRONG = {
     "13.1": {
         "def merge(a, b): return torch.maximum(a[0], b[0]), a[1] + b[1], a[2] + b[2]": "as they came",
@@ -73,47 +96,31 @@ def merge(first, second):
 """: "in the first row l is",
     },
     "13.2": {
-        "def resident(registers, threads, *others): return 65536 // (registers * threads)": "count q, k and v",
+        _lazy("risen += rises.sum().item()", "risen += 1"): "count queries and blocks",
+        _lazy("+ threshold", ""): "does not depend on the threshold",
+        _lazy("risen += rises.sum().item()", "risen += len(q)"): "every m rises",
+        _lazy("torch.zeros_like(q), 0", "torch.zeros_like(q), -len(q)"): "that counts",
+        _lazy("most > m + threshold", "most > best + threshold"): "compare with m as it is",
+        _lazy(
+            "new = torch.where(rises, most, m)", "new = torch.maximum(most, m)"
+        ): "compare with m as it is",
+        _lazy("+= rises.sum()", "+= 2 * rises.sum()"): "in 40 queries, and not",
+        _lazy("o * shrink[:, None]", "o"): "not the softmax's",
+        _lazy("return o / total[:, None], risen", "return o / total[:, None]"): "two things",
+        _lazy("return o / total[:, None], risen", "return o, risen"): "not the softmax's",
+        _lazy(
+            "return o / total[:, None], risen", "return o / total[:, None], rises"
+        ): "must be a number",
         """
-def resident(registers, threads, own, read, width, stages):
-    return 228 * 1024 // (2 * (own * width + stages * 2 * read * width) + 1024)
-""": "registers are forgotten",
-        """
-def resident(registers, threads, own, read, width, stages):
-    shared = 2 * (own * width + stages * 2 * read * width)
-    return min(65536 // (registers * threads), 228 * 1024 // shared)
-""": "loses 1 KiB",
-        """
-def resident(registers, threads, own, read, width, stages):
-    shared = 2 * (own * width + stages * read * width)
-    return min(65536 // (registers * threads), 228 * 1024 // (shared + 1024))
-""": "you count one of them",
-        """
-def resident(registers, threads, own, read, width, stages):
-    shared = 2 * stages * (own * width + 2 * read * width)
-    return min(65536 // (registers * threads), 228 * 1024 // (shared + 1024))
-""": "q lies there once",
-        """
-def resident(registers, threads, own, read, width, stages):
-    shared = 2 * (own * width + 2 * read * width)
-    return min(65536 // (registers * threads), 228 * 1024 // (shared + 1024))
-""": "only one stage",
-        """
-def resident(registers, threads, own, read, width, stages):
-    shared = 4 * (own * width + stages * 2 * read * width)
-    return min(65536 // (registers * threads), 228 * 1024 // (shared + 1024))
-""": "2 bytes, not 4",
-        """
-def resident(registers, threads, own, read, width, stages):
-    shared = 2 * (own * width + stages * 2 * read * width)
-    return min(65536 / (registers * threads), 228 * 1024 / (shared + 1024))
-""": "round down",
-        """
-def resident(registers, threads, own, read, width, stages):
-    shared = 2 * (own * width + stages * 2 * read * width)
-    return min(65536 // registers, 228 * 1024 // (shared + 1024))
-""": "for each of its threads",
-        "def resident(*arguments): return 2": "fit",
+def lazy(q, k, v, scale, block, threshold):
+    s = scale * q @ k.T
+    m, risen = torch.full_like(q[:, 0], -math.inf), 0
+    for part in s.split(block, 1):
+        rises = part.amax(1) > m + threshold
+        m, risen = torch.where(rises, part.amax(1), m), risen + rises.sum()
+    return s.exp() / s.exp().sum(1, keepdim=True) @ v, risen
+""": "subtract m first",
+        "def lazy(q, k, v, scale, block, threshold): return q[:, 0], 3": "a tensor (N, D)",
     },
     "13.3": {
         _causal(_MASK, "pass"): "all keys",

@@ -1,5 +1,6 @@
 """Checks of notebook 13, the flash attention kernel."""
 
+import itertools
 import math
 import operator
 
@@ -80,59 +81,72 @@ def _merge_extremes(answer, scores: Tensor, values: Tensor) -> str | None:
 
 
 @exercise("13.2")
-def resident(answer) -> str | None:
-    cases = [  # registers, threads, own, read, width, stages
-        (128, 256, 128, 64, 80, 3),
-        (158, 256, 128, 64, 128, 2),
-        (64, 128, 64, 64, 128, 4),
-        (168, 128, 64, 32, 80, 3),
-        (100, 256, 128, 114, 128, 1),
-        (32, 64, 64, 16, 64, 1),
-    ]
-    found = []
-    for case in cases:
-        returned = answered(answer(*case)) if case == cases[0] else answer(*case)
-        if (one := number(returned)) is None:
-            return f"your function returns {returned!r}; it must return a number"
-        found.append(one)
-    if found == [_resident(*case) for case in cases]:
-        return None
-    no_files = dict(files=False)
-    mistakes = {
-        "the shared memory is forgotten: count q, k and v": dict(shared=False),
-        "the registers are forgotten: a program has some for each of its threads": no_files,
-        "a program has its registers for each of its threads": dict(per_thread=False),
-        "every program loses 1 KiB of shared memory to the system": dict(lost=0),
-        "k and v both lie in shared memory; you count one of them": dict(tensors=1),
-        "only k and v lie there once for each stage, q lies there once": dict(stages_of_q=True),
-        "only one stage of k and v is counted": dict(one_stage=True),
-        "a number takes 2 bytes, not 4": dict(size=4),
-        "a number takes 2 bytes": dict(size=1),
-    }
-    wrong = {
-        reason: [_resident(*case, **changes) for case in cases]
-        for reason, changes in mistakes.items()
-    }
-    if reason := first_match(found, wrong, operator.eq):
-        return reason
-    for case, mine in zip(cases, found, strict=True):
-        if mine != int(mine):
-            return f"resident{case} is {mine:.2f}, and a program is there or it is not: round down"
-        if mine != _resident(*case):
-            return f"resident{case} is {mine}; {_resident(*case)} fit"
+def lazy(answer) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 40, 4, generator=generator, dtype=torch.float64)
+    scale, block = 1.3, 8
+    for threshold in (0, 1, 2.5):
+        returned = answer(q.clone(), k.clone(), v.clone(), scale, block, threshold)
+        returned = answered(returned) if threshold == 0 else returned
+        if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+            return "lazy must return two things: the output, and how many times an m has risen"
+        found, risen = returned[0], number(returned[1])
+        if not is_tensor(found, 40, 4):
+            return "the output must be a tensor (N, D)"
+        if risen is None:
+            return f"the rises must be a number; yours are {returned[1]!r}"
+        if not torch.allclose(found, (scale * q @ k.T).softmax(-1) @ v):
+            return f"with the threshold {threshold} the output is not the softmax's: both sums are relative to m"
+        if risen != _rises(scale * q @ k.T, block, threshold):
+            return _wrong_rises(scale * q @ k.T, block, threshold, risen)
+    large = answer(400 * q, k, v, scale, block, 1)[0]
+    if not torch.allclose(large, (400 * scale * q @ k.T).softmax(-1) @ v):
+        return "right for small scores; with scores in the thousands the exponentials leave float64: subtract m first"
     return None
 
 
-def _resident(
-    registers: int, threads: int, own: int, read: int, width: int, stages: int, *,
-    shared: bool = True, files: bool = True, per_thread: bool = True, lost: int = 1024, tensors: int = 2,
-    stages_of_q: bool = False, one_stage: bool = False, size: int = 2,
-) -> int:  # fmt: skip
-    """The right answer, or with a keyword a wrong one."""
-    q, keys = own * width * (stages if stages_of_q else 1), tensors * read * width
-    taken = size * (q + keys * (1 if one_stage else stages)) + lost
-    limits = [65536 // (registers * (threads if per_thread else 1))] if files else []
-    return min(limits + ([228 * 1024 // taken] if shared else []))
+def _rises(
+    scores: Tensor, block: int, threshold: float, *, largest: bool = False, start: bool = True
+) -> int:
+    """The right count; with a keyword a wrong one: against the largest score so far, or without the first block's."""
+    m = so_far = torch.full_like(scores[:, 0], -math.inf)
+    risen = 0
+    for place, part in enumerate(scores.split(block, 1)):
+        most = part.amax(1)
+        rises = most > (so_far if largest else m) + threshold
+        risen += int(rises.sum()) if start or place else 0
+        m, so_far = torch.where(rises, most, m), torch.maximum(so_far, most)
+    return risen
+
+
+def _wrong_rises(scores: Tensor, block: int, threshold: float, risen: float) -> str:
+    shape = -(-scores.shape[1] // block)
+    mistakes = {
+        "m rises from -inf in the first block, and that counts": _rises(
+            scores, block, threshold, start=False
+        ),
+        "every m rises in every block": len(scores) * shape,
+        "yours does not depend on the threshold": _rises(scores, block, 0),
+        "compare with m as it is, which may lie below the largest score so far": _rises(
+            scores, block, threshold, largest=True
+        ),
+        "count queries and blocks, not the blocks in which some m rises": sum(
+            bool(rises) for rises in _by_block(scores, block, threshold)
+        ),
+    }
+    if reason := first_match(risen, mistakes, operator.eq):
+        return reason
+    wanted = _rises(scores, block, threshold)
+    return (
+        f"with the threshold {threshold} an m rises {wanted} times in 40 queries, and not {risen}"
+    )
+
+
+def _by_block(scores: Tensor, block: int, threshold: float) -> list[int]:
+    """How many queries' m rises in each block."""
+    ends = range(block, scores.shape[1] + block, block)
+    counts = [0, *(_rises(scores[:, :end], block, threshold) for end in ends)]
+    return [after - before for before, after in itertools.pairwise(counts)]
 
 
 @exercise("13.3")
