@@ -26,7 +26,7 @@ notebooks: $(VENV)/ready  ## every cell twice in a row, as readers run them, and
 slow: $(VENV)/ready  ## SO400M at full size against timm and transformers: a minute or two, 9 GB of memory, 8 GB of disk
 	$(BIN)/pytest -m slow --durations=0 tests
 
-mutations: $(VENV)/ready  ## a hundred mistakes in the library, one at a time: which cell catches each; an hour, and goes on if stopped
+mutations: $(VENV)/ready  ## more than a hundred mistakes in the library, one at a time: which cell catches each; an hour or two, and goes on if stopped
 	$(BIN)/python tools/mutate.py --out build/mutations.json
 
 outputs: $(VENV)/ready  ## on an H100 or H200: run every notebook and store what it shows

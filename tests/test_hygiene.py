@@ -69,10 +69,7 @@ def test_stored_outputs_come_from_the_gpu_they_name(path, notebook):
     assert notebook.cells[0].source == head  # says what was measured
 
 
-# 09 to 14 still show some answers below their questions
-@pytest.mark.parametrize(
-    "path", [path for path in PATHS if path.stem < "09"], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_prediction_offers_choices_and_its_answer_is_closed(path):
     predictions, open_ones = 0, set()
     for cell in read(path).cells:

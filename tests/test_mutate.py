@@ -22,13 +22,13 @@ def test_each_mistake_of_the_list_is_one_in_the_present_code(mistake):
     assert mistake.harm
 
 
-def test_the_list_has_a_hundred_mistakes_spread_over_the_library():
-    assert len(MISTAKES) == 100
-    assert len({mistake.name for mistake in MISTAKES}) == 100
+def test_the_list_has_more_than_a_hundred_mistakes_spread_over_the_library():
+    assert len(MISTAKES) > 100
+    assert len({mistake.name for mistake in MISTAKES}) == len(MISTAKES)
     numbers = {path.stem[:2] for path in PATHS}
     assert all(mistake.likely and {*mistake.likely} <= numbers for mistake in MISTAKES)
     of = collections.Counter(mistake.file.partition("/")[0] for mistake in MISTAKES)
-    wings = {path.parent.name for path in LIBRARY.glob("*/__init__.py")}
+    wings = {path.parent.name for path in LIBRARY.glob("*/__init__.py")} - {"vl"}  # in no notebook
     assert of.keys() == wings
     lines = collections.Counter()
     for name in known_to_git("siglip_lib"):
@@ -36,7 +36,7 @@ def test_the_list_has_a_hundred_mistakes_spread_over_the_library():
             lines[name.split("/")[1]] += len((ROOT / name).read_text(encoding="utf-8").splitlines())
     whole = sum(lines[wing] for wing in wings)
     for wing in wings:  # no wing has less than a quarter of its share, none twice it
-        share = 100 * lines[wing] / whole
+        share = len(MISTAKES) * lines[wing] / whole
         assert share / 4 <= of[wing] <= 2 * share + 2, wing
 
 

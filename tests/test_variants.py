@@ -26,6 +26,7 @@ from siglip_lib.train import (
     short_runs,
 )
 from siglip_lib.train.batches import Batches
+from siglip_lib.train.training import Training
 from siglip_lib.train.variants import _Course, _verdict, training_and_validation
 
 mpl.use("Agg")
@@ -316,11 +317,14 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(change, error, mes
         short_runs(given["variants"], CONFIG, given["seeds"], "cpu", given["marks"])
 
 
-def test_on_a_gpu_the_norms_are_noted_in_the_graph_too(gpu, runs):
+def test_on_a_gpu_the_norms_are_noted_in_the_graph_too(gpu, runs, monkeypatch):
     found = short_runs({"": Variant(plain, [1e-2])}, CONFIG, [0, 1], gpu)[""]
-    torch.testing.assert_close(found.gradients, runs["plain"].gradients, rtol=0.1, atol=0)
     torch.testing.assert_close(found.losses, runs["plain"].losses, rtol=0.02, atol=0)
     assert not torch.cuda.is_current_stream_capturing()
+    # not with the CPU's: norms in bfloat16 are some tenths from those in float32
+    monkeypatch.setattr(Training, "_eager_steps", math.inf)
+    eager = short_runs({"": Variant(plain, [1e-2])}, CONFIG, [0, 1], gpu)[""]
+    torch.testing.assert_close(found.gradients, eager.gradients, rtol=1e-3, atol=0)
 
 
 def made_up(losses: list[float], recall: list[float], tried: dict | None = None) -> Runs:
