@@ -26,7 +26,6 @@ from siglip_lib.train import (
     short_runs,
 )
 from siglip_lib.train.batches import Batches
-from siglip_lib.train.training import Training
 from siglip_lib.train.variants import _Course, _verdict, training_and_validation
 
 mpl.use("Agg")
