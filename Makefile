@@ -44,7 +44,7 @@ speed-many: $(VENV)/ready  ## on all GPUs of a machine: time the ring loss, DDP 
 weights: $(VENV)/ready  ## on a GPU: train the SigLIP that ships, three seeds, 4 minutes
 	$(BIN)/python tools/train_emoji64.py weights
 
-ablations: $(VENV)/ready  ## on a GPU: the table of what helps, in notebook 10; 5 minutes
+ablations: $(VENV)/ready  ## on a GPU: a table of what helps, by EmojiOne's drawings alone; some minutes
 	$(BIN)/python tools/train_emoji64.py ablations
 
 links: $(VENV)/ready  ## where origin is on GitHub: Colab badges, and the install line of each notebook's first cell

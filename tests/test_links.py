@@ -49,7 +49,8 @@ def own_place(root=ROOT) -> str | None:
 @pytest.fixture
 def checkout(tmp_path):
     """What `make links` changes, in a repository whose origin a test sets."""
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    others = shutil.ignore_patterns(".ipynb_checkpoints")  # JupyterLab's
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=others)
     shutil.copy(ROOT / "README.md", tmp_path)
     git(tmp_path, "init", "--quiet")
     return tmp_path

@@ -23,8 +23,9 @@ def gathered_sigmoid_loss(
 ) -> Tensor:
     """Return the loss of this rank's images against the texts of all ranks, in the usual form.
 
-    Every rank has all texts, holds the logits of its images with them in the vectors' dtype, and leaves the gradients
-    to autograd. Loss, gradients and arguments are those of ``ring_sigmoid_loss`` without ids. It checks nothing.
+    Every rank has all texts, holds the logits of its images with them, and leaves the gradients to autograd. Loss,
+    gradients and arguments are those of ``ring_sigmoid_loss`` without ids, but it computes all of it in the vectors'
+    dtype, and the loss, shape (), has it too. It checks nothing.
     """
     texts = _AllGather.apply(text, group)  # (R B, D)
     scale, bias = logit_scale.exp().to(image.dtype), logit_bias.to(image.dtype)
@@ -43,10 +44,10 @@ def chunked_sigmoid_loss(
     chunk: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Return what ``gathered_sigmoid_loss`` does, with a block of the logits at a time.
+    """Return the loss of this rank's images against the texts of all ranks, with a block of the logits at a time.
 
-    Every rank has all texts and, in the dtype of the sums, their gradients, but of the logits a block, which is that
-    of the ring. As there the gradients are formed in the forward pass, in which a reduce-scatter brings them home.
+    Every rank has all texts and, in the dtype of the sums, their gradients, but of the logits only a block, as large as
+    the ring's. As there the forward pass forms the gradients; in it a reduce-scatter brings those of the texts home.
 
     Args, Returns, Raises: as ``ring_sigmoid_loss`` without ids.
     """

@@ -1,7 +1,7 @@
 """CLIP's loss of a batch that many processes share, over the ring: what the sigmoid loss's ring is compared with.
 
-The texts go round twice. In the first turn every rank adds up exp of its images' rows, and for all texts of all ranks
-the part of their columns that its images are in; two all-reduces, of a number for each text, join the columns' parts.
+The texts go round twice. In the first turn every rank adds up exp over the rows of its images and, for each text of all
+ranks, over its images' part of the column; two all-reduces, of a number for each text, join the columns' parts.
 In the second turn the gradients are formed and travel as those of ``ring_sigmoid_loss`` do.
 """
 
