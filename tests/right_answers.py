@@ -113,6 +113,17 @@ def reach(loss, logits):
     second = torch.autograd.functional.hessian(loss, logits)
     return (second[0, 0] != 0).sum()
 """,
+        """
+def reach(loss, logits):
+    moved = logits.clone()
+    moved[0, 0] += 1
+    found = []
+    for some in (logits, moved):
+        some.requires_grad_()
+        loss(some).backward()
+        found.append(some.grad)
+    return (found[0] != found[1]).sum()
+""",
     ],
     "10.1": [
         """

@@ -42,9 +42,9 @@ def reach(answer) -> str | None:
     for side in (5, 6):
         logits = torch.randn(side, side, generator=generator, dtype=torch.float64)
         for coupled, (loss, reached) in _LOSSES.items():
-            before, right = logits.clone(), reached(side)
-            returned = answered(answer(loss, logits))
-            if was_changed(logits, before):
+            given, right = logits.clone(), reached(side)  # own ones, as a gradient may stay in them
+            returned = answered(answer(loss, given))
+            if was_changed(given, logits):
                 return "your function changed the logits that it was given"
             if (found := number(returned)) is None:
                 return f"your function returns {returned!r}; it must return a number"

@@ -9,7 +9,6 @@ from siglip_lib.classroom.exercises import answered, exercise
 from siglip_lib.classroom.exercises.helpers import (
     first_match,
     is_tensor,
-    near,
     number,
     was_changed,
 )
@@ -56,9 +55,11 @@ def best_bias(answer) -> str | None:
                 scores, yes
             ),
         }
-        if reason := first_match(found, mistakes, near(0.01)):
+        # by their distance, as a descent that stopped too early may come near one of them
+        if reason := first_match(found, mistakes, lambda a, b: abs(a - b) <= 0.0101):
             return reason
-        return f"your bias is {found:.3f}; the loss is least at {right:.3f}"
+        early = "; if you descend, go on for longer" if 0 < found / right < 1 else ""
+        return f"your bias is {found:.3f}; the loss is least at {right:.3f}{early}"
     return None
 
 
