@@ -9,6 +9,7 @@ from notebook_files import PATHS, definitions, exercises, read, run, setup_sourc
 from torch import nn
 
 import siglip_lib
+from siglip_lib.evaluate.heads import mean_ablation, own_object_share
 from siglip_lib.siglip.loss_block import sigmoid_loss_block
 
 pytest.importorskip("triton")
@@ -45,7 +46,7 @@ FUNCTIONS = {
         "my_chunked_loss",
         "my_softmax_and_gradients",
     ],
-    "11": ["my_rollout", "my_occlusion", "my_gradient_tokens"],
+    "11": ["my_rollout", "my_occlusion", "my_gradient_tokens", "my_share", "my_ablation"],
     "12": ["my_fused_residual", "my_truncated_draws"],
     "13": ["my_attention", "my_dq", "my_dk_dv"],
     "14": ["my_ring"],
@@ -212,6 +213,30 @@ def test_gradient_tokens_equals_the_library():
     torch.testing.assert_close(mine, siglip_lib.gradient_tokens(tower, pixels, text).flatten(1))
 
 
+def test_shares_equal_the_library():
+    boxes = torch.tensor([[0, 0, 9, 16], [7, 2, 16, 11.0]]).expand(2, 2, 4)
+    own = notebooks_own("11", "covers", "my_share")
+    tower = siglip_lib.VisionTransformer(
+        16, 4, embed_dim=24, depth=3, num_heads=2, class_token=False, global_pool="map", num_classes=0
+    )  # fmt: skip
+    tower, pixels = randomized(tower).eval(), torch.randn(2, 3, 16, 16)
+    own |= dict(size=16, grid=(4, 4), device=torch.device("cpu"))
+    mine = own["my_share"](tower, pixels, boxes)
+    torch.testing.assert_close(mine, own_object_share(tower, pixels, boxes)[0])
+
+
+def test_ablation_equals_the_library():
+    tower, pixels = explained()
+    my_ablation = notebooks_own("11", "my_ablation")["my_ablation"]
+    with torch.no_grad():
+        intact = tower(pixels)
+        for block, head in ((0, 1), (2, 0)):
+            with mean_ablation(tower, pixels, block, head):
+                library = tower(pixels)
+            assert (library - intact).abs().max() > 1e-3
+            torch.testing.assert_close(my_ablation(tower, pixels, block, head), library)
+
+
 @pytest.mark.parametrize(
     ("shape", "programs"),
     # the last in 4 steps a program and 35 programs, of which one has 2 rows less
@@ -290,4 +315,5 @@ def test_every_component_that_a_notebook_builds_is_compared():
         and source.startswith(("def ", "class "))
         and name not in {exercise.answer for exercise in exercises(notebook)}
     }
-    assert built - compared == {("02", "my_default")}  # torch's rule, compared with torch's there
+    # compared in the notebook: torch's rule with torch's, six steps with those of ``Training``
+    assert built - compared == {("02", "my_default"), ("10", "my_training")}
