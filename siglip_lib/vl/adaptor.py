@@ -68,10 +68,9 @@ def lay_out(
 
     Source: Wu et al., DeepSeek-VL2 (2024), section 2, and its code (tile_tag "2D", global view first).
     """
-    shape = check_tensor("thumbnail", thumbnail, ("B", "rows", "columns", "E"), empty=False)
-    batch, *side, channels = shape
-    for name, vector in (("newline", newline), ("separator", separator)):
-        check_tensor(name, vector, (channels,))
+    batch, *side, channels = check_tensor("thumbnail", thumbnail, ("B", "rows", "columns", "E"))
+    check_tensor("newline", newline, (channels,))
+    check_tensor("separator", separator, (channels,))
     parts = [_rows_closed(thumbnail, newline)]
     if tiles is not None:
         down, across = pair("grid", grid)

@@ -80,14 +80,14 @@ class LanguageModel(nn.Module):
         longest, width = self.pos_embed.shape[1:]
         length = check_tensor("x", x, ("B", "N", width), empty=False)[1]
         before = past[0][0].shape[1] if past else 0
-        if before and length > 1:
+        if past and length > 1:
             raise ValueError(f"x holds {length} tokens after a past; it must be one at a time")
         if before + length > longest:
             raise ValueError(f"{before + length} tokens are more than context_length={longest}")
         x = x + self.pos_embed[:, before : before + length]
         seen = []
-        for i, block in enumerate(self.blocks):
-            x, kv = block(x, past[i] if past else None)
+        for block, before in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
+            x, kv = block(x, before)
             seen.append(kv)
         return self.norm(x) @ self.token_embed.weight.T, seen
 
@@ -100,12 +100,9 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def write(self, prefix: Tensor, most: int) -> Tensor:
-        """Return the likeliest token after a prefix (B, N, E), the likeliest after that, and so on.
+        """Return the likeliest token after a prefix (B, N, E), the likeliest after that, and so on: (B, T) int64.
 
-        Each step looks at the newest token alone; k and v of those before are kept.
-
-        Returns:
-            (B, T) int64, T at most ``most``; after ``</s>`` a row holds ``</s>`` alone.
+        T is at most ``most``; after ``</s>`` a row holds ``</s>`` alone. Of tokens before the newest k and v are kept.
         """
         most = positive_int("most", most)
         logits, past = self(prefix)
@@ -118,14 +115,11 @@ class LanguageModel(nn.Module):
 
 
 def caption_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mean cross-entropy of a caption's tokens, up to its first ``</s>`` and with it.
+    """Return the mean cross-entropy, in nats, of all captions' tokens, up to the first ``</s>`` of each and with it.
 
     Args:
         logits: (B, T, V), of which token stands at each place.
         tokens: (B, T) int64, which stands there.
-
-    Returns:
-        A number, the mean over all tokens that count, in nats.
     """
     batch, length, _ = check_tensor("logits", logits, ("B", "T", "V"), empty=False)
     check_tensor("tokens", tokens, (batch, length), dtypes=(torch.int64,))

@@ -23,17 +23,11 @@ GREY = (127, 127, 127)  # what the mean colour .5 is in 8 bits, rounded down
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """A picture, cut for the tower.
+    """A picture, cut for the tower: float32 in [-1, 1]."""
 
-    Attributes:
-        thumbnail: (3, size, size) float32 in [-1, 1], the whole picture.
-        tiles: (rows * columns, 3, size, size) float32 in [-1, 1], row by row.
-        grid: rows and columns of tiles.
-    """
-
-    thumbnail: Tensor
-    tiles: Tensor
-    grid: tuple[int, int]
+    thumbnail: Tensor  # (3, size, size), the whole picture
+    tiles: Tensor  # (rows * columns, 3, size, size), row by row
+    grid: tuple[int, int]  # rows and columns of tiles
 
 
 def candidate_resolutions(size: int = 384, most: int = 9) -> list[tuple[int, int]]:
@@ -62,8 +56,7 @@ def choose_resolution(
         candidates: heights and widths in pixels.
 
     Raises:
-        ValueError: there are no candidates, or a number is below 1.
-        TypeError: a number is no int.
+        TypeError, ValueError: there are no candidates, or a number is no int of at least 1.
 
     Source: Wu et al., DeepSeek-VL2 (2024), section 2, and its code (select_best_resolution; it uses floats).
     """

@@ -25,12 +25,10 @@ class VisualPrefix(nn.Module):
         tower: takes pictures of one size; no class token.
         n_embed: channels E of the language model.
 
-    Attributes:
-        vision, projector, image_newline, view_seperator: under DeepSeek-VL2's names, its spelling too. The last two
-            are vectors (E,), normal with std E to the power -1/2 at the start.
+    Its parts have DeepSeek-VL2's names, and its spelling. ``image_newline`` and ``view_seperator`` are vectors (E,),
+    normal with std E to the power -1/2 at the start.
 
-    Shapes: thumbnail (B, 3, size, size), tiles (B, m * n, 3, size, size) or None, and grid (m, n) to (B, N, E), see
-    ``lay_out``.
+    Shapes: thumbnail (B, 3, size, size), tiles (B, m * n, 3, size, size) or None, grid (m, n) to (B, N, E).
 
     Source: Wu et al., DeepSeek-VL2 (2024), section 2, and its code (DeepseekVLV2ForCausalLM).
     """
@@ -55,8 +53,8 @@ class VisualPrefix(nn.Module):
             down, across = pair("grid", grid)
             check_tensor("tiles", tiles, (batch, down * across, 3, *size))
             local = self.tokens_of(tiles.flatten(0, 1)).unflatten(0, (batch, down * across))
-        shown = self.tokens_of(thumbnail)
-        return lay_out(shown, local, grid, self.image_newline, self.view_seperator)
+        vectors = self.image_newline, self.view_seperator
+        return lay_out(self.tokens_of(thumbnail), local, grid, *vectors)
 
     def tokens_of(self, views: Tensor) -> Tensor:
         """Return the adaptor's tokens (B, rows, columns, E) of views (B, 3, size, size)."""
@@ -77,9 +75,7 @@ def load_visual_prefix(prefix: VisualPrefix, source: str | Path) -> int:
         How many tensors of other parts were left alone.
 
     Raises:
-        FileNotFoundError, PermissionError, OSError: as ``load_weights``.
-        ValueError: a tensor is missing, unexpected, of the wrong shape or not finite; the message says which, and
-            nothing was changed.
+        FileNotFoundError, PermissionError, OSError, ValueError: as ``load_weights``; nothing was changed.
     """
     files = find_weights(str(source), beside=_BESIDE)
     state, where = read_weights(files)
