@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "tools" / "site" / "teaching.md"
 # a reader's pace in technical text and in code, and how long a prediction takes
 WORDS_A_MINUTE, LINES_A_MINUTE, PREDICTION = 120, 25, 2
-CLASS = 60  # minutes of a term's session of 90 that a notebook gets
+SESSION, CLASS = 90, 60  # minutes of a term's session, and those of it that the notebook gets
 
 
 @dataclass
@@ -52,15 +52,16 @@ def parts(path: Path) -> dict[str, Part]:
             if title := re.match(r"## (\d+|\w+)", piece):
                 part = found.setdefault(title[1], Part())
             part.words += len(piece.split())
-            part.predictions += piece.count("**Predict")
+            _, asks, choices = piece.rpartition("**Predict")
+            part.predictions += bool(asks) and "(a)" in choices
             for number, minutes in re.findall(r"^\*\*(\d) \((\d+) minutes", piece, re.MULTILINE):
                 part.exercises[f"{path.stem[:2]}.{number}"] = int(minutes)
     return found
 
 
 def fives(minutes: float) -> int:
-    """Round up to five minutes; a thousandth more does not count."""
-    return 5 * math.ceil(minutes / 5 - 1e-3)
+    """Round up to a multiple of five."""
+    return 5 * math.ceil(minutes / 5)
 
 
 def reader(found: dict[str, Part]) -> tuple[int, int, int]:
@@ -68,6 +69,11 @@ def reader(found: dict[str, Part]) -> tuple[int, int, int]:
     predictions = PREDICTION * sum(part.predictions for part in found.values())
     exercises = sum(sum(part.exercises.values()) for part in found.values())
     return fives(sum(part.reading for part in found.values())), predictions, exercises
+
+
+def left_for_home(found: dict[str, Part]) -> int:
+    """Minutes that a notebook takes beyond a term's session."""
+    return fives(max(0, sum(reader(found)) - CLASS))
 
 
 def cost(found: dict[str, Part], sections: Iterable[str], exercises: Iterable[str]) -> float:
@@ -90,7 +96,7 @@ def table_of_times(paths: list[Path]) -> str:
             for size in ("cpu", "lab", "full")
         ]
         minutes = reader(parts(path))
-        at_home = fives(max(0, sum(minutes) - CLASS))
+        at_home = left_for_home(parts(path))
         cells = [link(path), *machine, *map(str, (*minutes, sum(minutes), at_home))]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
@@ -111,10 +117,16 @@ def renewed(text: str, paths: list[Path]) -> str:
         text,
         flags=re.MULTILINE,
     )
+    at_home = sum(map(left_for_home, counted.values()))
+    text = re.sub(
+        r"For all \d+ notebooks that makes \d+ minutes in class and \d+ at home",
+        f"For all {len(paths)} notebooks that makes {SESSION * len(paths)} minutes in class and {at_home} at home",
+        text,
+    )
 
     def saving(match: re.Match) -> str:
-        sections, exercises = left_out(match[1])
-        return f"{match[1]}(saves {fives(cost(counted[number], sections, exercises))} minutes)"
+        saved = cost(counted[number], *named(match[1]))
+        return f"{match[1]}(saves {5 * round(saved / 5)} minutes)"
 
     chapters = re.split(r"^(?=### \d\d · )", text, flags=re.MULTILINE)
     for place, chapter in enumerate(chapters):
@@ -126,12 +138,11 @@ def renewed(text: str, paths: list[Path]) -> str:
     return "".join(chapters)
 
 
-def left_out(text: str) -> tuple[list[str], list[str]]:
+def named(text: str) -> tuple[list[str], list[str]]:
     """The sections and the exercises that a line of the guide names: "sections 5, 8 and 9, exercise 03.2"."""
     exercises = re.findall(r"\b\d\d\.\d\b", text)
-    named = re.findall(r"\bsections? (\d+(?:(?:, | and | to )\d+)*)", text)
     sections: list[str] = []
-    for listed in named:
+    for listed in re.findall(r"\bsections? (\d+(?:(?:, | and | to )\d+)*)", text):
         for piece in re.split(r", | and ", listed):
             first, _, last = piece.partition(" to ")
             sections += map(str, range(int(first), int(last or first) + 1))
