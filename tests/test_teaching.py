@@ -77,7 +77,7 @@ def test_minutes_are_counted_by_section(tmp_path):
     cells = [
         text("# 77 · A title"),
         text("## 1. First\n" + "word " * 118 + "\n### Not a section of its own"),
-        code('predict("77.1", "a")\n' + "x = 1\n\n" * 25),
+        code('predict("77.1", "a")\n' + "x = 1\n  \n" * 25),
         text("**Predict:** (a) or (b)?\n## 2. Second\nwhere it says **Predict**, stop"),
         text("## Exercises\n\n**1 (7 minutes).** Do it."),
         text("**2 (15 minutes, measured).** Do it.\n<details>many (a) words more</details>"),
