@@ -79,7 +79,7 @@ def test_minutes_are_counted_by_section(tmp_path):
         text("## 1. First\n" + "word " * 118 + "\n### Not a section of its own"),
         code('predict("77.1", "a")\n' + "x = 1\n  \n" * 25),
         text("**Predict:** (a) or (b)?\n## 2. Second\nwhere it says **Predict**, stop"),
-        text("## Exercises\n\n**1 (7 minutes).** Do it."),
+        text("## Exercises\n\n**1 (7 minutes).** Do (a)."),
         text("**2 (15 minutes, measured).** Do it.\n<details>many (a) words more</details>"),
     ]
     path = tmp_path / "77_made_up.ipynb"
@@ -89,7 +89,8 @@ def test_minutes_are_counted_by_section(tmp_path):
     first, second, last = (found[name] for name in ("1", "2", "Exercises"))
     assert (first.words, first.lines, first.predictions) == (3 + 118 + 7 + 4, 25, 1)
     assert (second.words, second.predictions) == (3 + 5, 0)
-    assert (last.words, last.exercises) == (7 + 6, {"77.1": 7, "77.2": 15})
+    assert (last.words, last.predictions) == (7 + 6, 0)
+    assert last.exercises == {"77.1": 7, "77.2": 15}
     assert cost(found, ["1"], ["77.2"]) == pytest.approx(132 / 120 + 25 / 25 + 2 + 15)
     with pytest.raises(KeyError):
         cost(found, ["3"], [])
