@@ -7,8 +7,8 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from notebook_files import PATHS, code_cells, read
 
-from siglip_lib.classroom import predictions
-from siglip_lib.classroom.predictions import OUTCOMES, count_predictions, predict
+from siglip_lib.classroom import count_predictions, predict, predictions
+from siglip_lib.classroom.predictions import OUTCOMES
 
 LETTERS = re.compile(r"\(([a-f])\)")
 # "It is (b): ...", "On the H200 it is (b), (c) and (e), and not (d)", "(b), and that before"
@@ -180,7 +180,7 @@ def test_a_choice_that_is_not_offered(choice, capsys):
 @pytest.mark.parametrize("choice", ["g", "", "cc", "c, e"])
 def test_several_choices_that_are_not_offered(choice):
     with pytest.raises(
-        ValueError, match='05.7 takes one or several of "a", "b", "c", "d", "e", "f"'
+        ValueError, match=r'05\.7 takes one or several of "a", "b", "c", "d", "e", "f"'
     ):
         predict("05.7", choice)
 
