@@ -115,6 +115,11 @@ def test_an_answer_that_is_taken_back(said):
     assert said("print(1)", 'count_predictions("04")') == ["1\n", ""]
 
 
+def test_the_cell_after_an_answer_that_is_taken_back_measures_nothing(said):
+    said('predict("04.1", "a")', 'predict("04.1", ...)', "print(2)")
+    assert said('predict("04.1", "b")', "print(1)", "print(2)") == ["", TOLD_B, "2\n"]
+
+
 def test_a_prediction_that_was_passed_over_stays_open(said):
     """The next prediction's cell measures nothing."""
     cells = ['predict("04.1", "b")', 'predict("04.2", "c")', "print(1)", 'count_predictions("04")']
