@@ -114,6 +114,7 @@ def test_each_name_comes_from_one_wing():
         ("backends", "BackendStatus"),
         ("backends", "attend_packed"),
         ("classroom", "Timing"),
+        ("classroom", "predict"),  # at the top it would seem to be the model's
         ("evaluate", "Scenes"),
         ("evaluate", "Share"),
         ("evaluate", "AttentionMaps"),
