@@ -72,7 +72,7 @@ def _say(answers: Sequence[Answer], limits: Limits) -> list[str]:
         env={**{name: os.environ[name] for name in _KEPT if name in os.environ}, **_SET},
     )
     try:
-        longest = _START + len(answers) * (limits.seconds + _CLEAN)
+        longest = _START + len(answers) * (limits.by_the_clock + _CLEAN)
         told, errors = process.communicate(json.dumps(job), timeout=longest)
     except subprocess.TimeoutExpired:
         process.kill()
