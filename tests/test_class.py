@@ -176,9 +176,7 @@ def test_a_test_cell_is_locked_and_raises_the_reason(course):
     test = marked(released(course, "03_attention"), "grade")["03.1"]
     assert test.metadata.nbgrader.locked
     assert not test.metadata.editable
-    with pytest.raises(
-        Exception, match="^exercise 03.1: wrong: random draws give|random draws give"
-    ):
+    with pytest.raises(Exception, match=r"^exercise 03\.1: wrong: .*random draws give"):
         exec(test.source, {"score_std": lambda *sizes: 1.0})
     with pytest.raises(Exception, match=r"^exercise 03\.1: not answered yet$"):
         exec(test.source, {"score_std": lambda *sizes: None})

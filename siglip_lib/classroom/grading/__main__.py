@@ -60,10 +60,10 @@ def _in_a_child(answer: dict, limits: Limits, watch: Watch) -> str:
         said += some
     os.close(read)
     # a child that has said something ends by itself
-    status = _wait(child, 0 if late else min(5, max(0, end - time.monotonic())))
+    status, seconds = _wait(child, 0 if late else min(5, max(0, end - time.monotonic())))
     _kill_all()
     shutil.rmtree(folder, ignore_errors=True)
-    if late or status is None or _used_up_its_time(status):
+    if late or status is None or (os.WIFSIGNALED(status) and seconds >= limits.seconds):
         return f"wrong: your code had not ended after {limits.seconds:g} s"
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
@@ -88,8 +88,8 @@ def _be_the_child(answer: dict, limits: Limits, watch: Watch, folder: str, write
         limits.impose()
         said = verdict(answer["number"], answer["name"], answer["cells"], watch, limits.gib)
         say(write, said.encode("utf-8", "replace")[:_LONGEST])
-    except BaseException as error:
-        finish(3 if isinstance(error, MemoryError) else 2)
+    except BaseException:
+        finish(2)
     finish(0)
 
 
@@ -101,18 +101,14 @@ def _readable() -> list[str]:
     return [sys.prefix, sys.base_prefix, *packages, library, *_SYSTEM, *devices]
 
 
-def _wait(child: int, seconds: float) -> int | None:
-    """Return how a child ended, or None if it has not within that time."""
+def _wait(child: int, seconds: float) -> tuple[int | None, float]:
+    """Return how a child ended, or None if it has not within that time, and the seconds that it used of a core."""
     end = time.monotonic() + seconds
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, used = os.wait4(child, os.WNOHANG)
         if done or time.monotonic() > end:
-            return status if done else None
+            return status if done else None, used.ru_utime + used.ru_stime
         time.sleep(0.01)
-
-
-def _used_up_its_time(status: int) -> bool:
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
 
 
 def _kill_all() -> None:

@@ -12,7 +12,7 @@ from siglip_lib.classroom.exercises import grade
 from siglip_lib.classroom.grading.needed import needed_parts, parsed
 from siglip_lib.classroom.grading.patches import Watch
 
-_MEMORY = re.compile(r"your code raised (MemoryError|RuntimeError: .*allocate memory)", re.DOTALL)
+_MEMORY = re.compile(r"\bMemoryError\b|can't allocate memory")  # Python's and numpy's, torch's
 
 
 class _NoNotebook:
