@@ -80,13 +80,16 @@ def class_source(notebook: NotebookNode) -> NotebookNode:
     """Return a notebook in the form that ``nbgrader generate_assignment`` reads."""
     notebook = nbformat.from_dict(notebook)  # a copy
     minutes: dict[str, int] = {}
-    cells = []
+    cells, below_solution = [], False
     for place, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
             minutes |= {number: int(count) for number, count in _MINUTES.findall(cell.source)}
             text = _FOLDED.sub("", cell.source).strip()
             cell.source = _LINK.sub(r"](../\1/\1.ipynb)", text)
             cells += [cell] if text else []
+            below_solution = not text
+            continue
+        if below_solution:  # code there applies it
             continue
         cell.outputs, cell.execution_count = [], None
         cells.append(cell)
