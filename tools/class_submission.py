@@ -73,8 +73,8 @@ def _answer_id(test: NotebookNode) -> str:
     return _grade_id(test).replace("check-", "answer-")
 
 
-def _output(text: str, right: bool) -> NotebookNode:
+def _output(said: str, right: bool) -> NotebookNode:
     if right:
-        return nbformat.v4.new_output("stream", name="stdout", text=f"{text}\n")
+        return nbformat.from_dict({"output_type": "stream", "name": "stdout", "text": f"{said}\n"})
     error = "WrongAnswer"
-    return nbformat.v4.new_output("error", ename=error, evalue=text, traceback=[f"{error}: {text}"])
+    return nbformat.v4.new_output("error", ename=error, evalue=said, traceback=[f"{error}: {said}"])

@@ -13,11 +13,12 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401  torch imports it when it first needs it, and that replaces torch.manual_seed
 
-import siglip_lib.kernels  # before anything imports Triton: the interpreter
+import siglip_lib.kernels  # noqa: F401  before anything imports Triton: the interpreter
 from siglip_lib.classroom.exercises import load_checks
 from siglip_lib.classroom.grading import landlock
 from siglip_lib.classroom.grading.answer import verdict
@@ -61,7 +62,7 @@ def _in_a_child(answer: dict, limits: Limits, watch: Watch) -> str:
     os.close(read)
     # a child that has said something ends by itself
     status, seconds = _wait(child, 0 if late else min(5, max(0, end - time.monotonic())))
-    _kill_all()
+    _kill_all(child)
     shutil.rmtree(folder, ignore_errors=True)
     if late or status is None or (os.WIFSIGNALED(status) and seconds >= limits.seconds):
         return f"wrong: your code had not ended after {limits.seconds:g} s"
@@ -96,7 +97,7 @@ def _be_the_child(answer: dict, limits: Limits, watch: Watch, folder: str, write
 def _readable() -> list[str]:
     """Where Python, its packages and this library lie, and not what else lies beside the library."""
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    library = str(Path(siglip_lib.__file__).parent)
+    library = str(Path(__file__).parents[2])
     devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
     return [sys.prefix, sys.base_prefix, *packages, library, *_SYSTEM, *devices]
 
@@ -111,16 +112,18 @@ def _wait(child: int, seconds: float) -> tuple[int | None, float]:
         time.sleep(0.01)
 
 
-def _kill_all() -> None:
-    """Kill the child and what it started; what has left its group came to this process when its parent ended."""
+def _kill_all(child: int) -> None:
+    """Kill the child's group, and what has left it: that came to this process when its parent ended."""
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    orphans = Path("/proc/self/task", str(os.getpid()), "children")  # not in every kernel
     end = time.monotonic() + 5
     while time.monotonic() < end:
-        for child in (
-            Path("/proc/self/task", str(os.getpid()), "children").read_text("ascii").split()
-        ):
-            os.kill(int(child), signal.SIGKILL)
+        for orphan in orphans.read_text(encoding="ascii").split() if orphans.exists() else ():
+            os.kill(int(orphan), signal.SIGKILL)
         try:
-            os.waitpid(-1, 0)
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                time.sleep(0.01)
         except ChildProcessError:
             return
 

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import siglip_lib
 from siglip_lib.classroom.grading.limits import Limits
 
 _KEPT = "PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR"
 # small sizes on one core: a grade must not depend on the machine, or on who else computes
 _SET = {
-    "PYTHONPATH": str(Path(siglip_lib.__file__).parent.parent),  # the same library there as here
+    "PYTHONPATH": str(Path(__file__).parents[3]),  # the same library there as here
     "SIGLIP_SIZE": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
