@@ -72,7 +72,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # the unit tests that take longest, in seconds of a core
 LONGEST = {
     "test_train_distributed.py": 60,
-    "test_class.py": 90,  # where nbgrader is installed
+    "test_class.py": 110,  # where nbgrader is installed
     "test_kernels_compiled.py": 35,
     "test_mutate.py": 33,
     "test_nbval_guard.py": 33,

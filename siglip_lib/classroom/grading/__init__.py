@@ -3,8 +3,8 @@
 ``apart`` starts one process for a notebook's answers (``__main__``), which forks one for each answer (``answer``).
 Only that child runs the student's code, and of it only what the answer needs (``needed``). It has a limit of time and
 one of memory (``limits``). Where the kernel offers Landlock (``landlock``) it writes only into a folder that is deleted
-afterwards, reads only Python and this library, and reaches neither the network nor other processes. The grader never
-runs the code, and never unpickles what comes from it.
+afterwards and reads only Python and this library; from version 4 on (Linux 6.7) it also opens no TCP connection, from
+version 6 on (6.12) it sends no signal to others. The grader never runs the code, nor unpickles what comes from it.
 
 No grader that runs an answer and its check in one process is a sandbox, and this is none. It notices endless loops,
 memory, ``sys.exit`` and ``os._exit``, killed processes, and functions of torch, numpy or this library that were
