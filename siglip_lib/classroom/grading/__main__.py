@@ -64,7 +64,7 @@ def _in_a_child(answer: dict, limits: Limits, watch: Watch) -> str:
     status, seconds = _wait(child, 0 if late else min(5, max(0, end - time.monotonic())))
     _kill_all(child)
     shutil.rmtree(folder, ignore_errors=True)
-    if late or status is None or (os.WIFSIGNALED(status) and seconds >= limits.seconds):
+    if late or status is None or _used_up(status, seconds, limits):
         return f"wrong: your code had not ended after {limits.seconds:g} s"
     if os.WIFSIGNALED(status):
         name = signal.Signals(os.WTERMSIG(status)).name
@@ -110,6 +110,13 @@ def _wait(child: int, seconds: float) -> tuple[int | None, float]:
         if done or time.monotonic() > end:
             return status if done else None, used.ru_utime + used.ru_stime
         time.sleep(0.01)
+
+
+def _used_up(status: int, seconds: float, limits: Limits) -> bool:
+    """Whether the kernel ended a child for its time on a core: by a first signal, or a last one if it ignored that."""
+    if not os.WIFSIGNALED(status):
+        return False
+    return os.WTERMSIG(status) == signal.SIGXCPU or seconds >= limits.seconds
 
 
 def _kill_all(child: int) -> None:
