@@ -15,7 +15,7 @@ pytest.importorskip("nbgrader", reason="needs nbgrader: make test-class installs
 from nbgrader.nbgraderformat import MetadataValidator
 from wrong_answers import nb03, nb05
 
-SECONDS = 10  # for one answer; a right one of these needs one
+SECONDS = 6  # for one answer; a right one of these needs one
 POINTS = {"03_attention": [5, 15, 20], "05_layer_scale": [10, 10, 10]}
 WRONG = {  # the first wrong answer to each, and what the check says of it
     number: next(iter(answers.items())) for number, answers in (nb03.WRONG | nb05.WRONG).items()

@@ -43,7 +43,7 @@ def grade_class(course: Path, limits: Limits) -> list[tuple[str, str, str]]:
         if problem := _grade(course, folder, limits):
             flagged.append((student, notebook, problem))
         print(f"{student} {notebook}: {problem or _points(course, student, notebook)}", flush=True)
-    for notebook in sorted({path.name for path in course.glob("autograded/*/*")}):
+    for notebook in sorted({path.name for path in _without_feedback(course)}):
         if problem := _nbgrader(course, 4 * _LEAST, "generate_feedback", notebook):
             print(f"feedback on {notebook}: {problem}", file=sys.stderr)
     for page in course.glob("feedback/*/*/*.html"):
@@ -53,6 +53,15 @@ def grade_class(course: Path, limits: Limits) -> list[tuple[str, str, str]]:
     with (course / "flagged.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("student_id", "notebook", "reason"), *flagged])
     return flagged
+
+
+def _without_feedback(course: Path) -> list[Path]:
+    """Return the folders of what is graded and has no feedback yet."""
+    return [
+        graded
+        for graded in course.glob("autograded/*/*")
+        if not (course / "feedback" / Path(*graded.parts[-2:])).exists()
+    ]
 
 
 def _is_graded(course: Path, folder: Path) -> bool:
