@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from make_class import COURSE, find_programs
-from nbgrader.api import Gradebook
+from nbgrader.api import Gradebook, MissingEntry
 
 from siglip_lib.classroom.grading import Limits, landlock
 
@@ -79,21 +79,20 @@ def _grade(course: Path, folder: Path, limits: Limits) -> str:
     student, notebook = folder.parts[-2:]
     with _gradebook(course) as gradebook:
         gradebook.update_or_create_student(student)
+    shutil.rmtree(course / "feedback" / student / notebook, ignore_errors=True)  # on what was there
     if not (course / "release" / notebook).is_dir():
-        return "no notebook of this class has the folder's name"
-    if not _notebook(folder).is_file():
-        return f"the folder holds no {notebook}.ipynb"
-    shutil.rmtree(
-        course / "feedback" / student / notebook, ignore_errors=True
-    )  # on what was there before
-    problem = _nbgrader(
-        course,
-        _LEAST + 8 * limits.by_the_clock,
-        *("autograde", notebook, f"--student={student}", "--force"),
-        *(f"--GradeCells.seconds={limits.seconds}", f"--GradeCells.gib={limits.gib}"),
-    )
+        problem = "no notebook of this class has the folder's name"
+    elif not _notebook(folder).is_file():
+        problem = f"the folder holds no {notebook}.ipynb"
+    else:
+        problem = _nbgrader(
+            course,
+            _LEAST + 8 * limits.by_the_clock,
+            *("autograde", notebook, f"--student={student}", "--force"),
+            *(f"--GradeCells.seconds={limits.seconds}", f"--GradeCells.gib={limits.gib}"),
+        )
     if problem:
-        with _gradebook(course) as gradebook:
+        with _gradebook(course) as gradebook, suppress(MissingEntry):
             gradebook.remove_submission(notebook, student)
     return problem
 
