@@ -235,6 +235,7 @@ def test_what_nbgrader_cannot_read_is_flagged_and_counts_nothing(course, graded)
     }
     assert flags.keys() == {("yan", "03_attention"), ("zoe", "05_layer_scale")}
     assert "holds no 03_attention.ipynb" in flags["yan", "03_attention"]
+    assert "JSON" in flags["zoe", "05_layer_scale"]
     found = {
         (r["student_id"], r["assignment"]): float(r["score"]) for r in rows(graded / "grades.csv")
     }

@@ -29,6 +29,7 @@ from siglip_lib.classroom.grading import Limits, landlock
 
 _MEMORY = 12 * 2**30  # bytes of addresses for nbgrader, and for each process that it starts
 _REMOTE = re.compile(r'<script src="https?:[^>]*>\s*</script>')
+_ERROR = re.compile(r"^ *([\w.]*(?:Error|Exception)\b: .*)$", re.MULTILINE)  # of a traceback
 _LEAST = 300  # seconds for nbgrader itself, on a busy machine
 
 
@@ -125,10 +126,8 @@ def _nbgrader(course: Path, seconds: float, *arguments: str) -> str:
         _end(process)
     if not process.returncode:
         return ""
-    errors = [line for line in said.splitlines() if "ERROR" in line or "Error" in line]
-    return (errors or said.splitlines() or [f"nbgrader ended with {process.returncode}"])[
-        -1
-    ].strip()
+    lines = _ERROR.findall(said) or said.splitlines()[-1:]
+    return lines[0][:300] if lines else f"nbgrader ended with {process.returncode}"
 
 
 def _end(process: subprocess.Popen) -> None:
