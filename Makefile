@@ -66,7 +66,7 @@ $(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-gpu.txt .ci/setup
 	@.ci/setup $(VENV)
 	@touch $@
 
-$(VENV)/class-ready: $(VENV)/ready  # the constraints that .ci/setup takes
+$(VENV)/%-ready: $(VENV)/ready  # an extra, by the constraints that .ci/setup takes
 	@constraints=constraints-cpu.txt; if nvidia-smi >/dev/null 2>&1; then constraints=constraints-gpu.txt; fi; \
-	  $(BIN)/pip install --disable-pip-version-check -c $$constraints -e ".[class]"
+	  $(BIN)/pip install --disable-pip-version-check -c $$constraints -e ".[$*]"
 	@touch $@
