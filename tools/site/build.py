@@ -1,0 +1,83 @@
+"""Build the website into build/site from the stored outputs: no notebook is run and nothing is fetched.
+
+``make site`` installs what it needs and calls it. Beside Sphinx that is what ``npm ci`` puts into tools/site/node_modules.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import reference
+import series
+from sphinx.cmd.build import main as sphinx
+from stills import STILLS
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SOURCE, SITE = ROOT / "build" / "site-source", ROOT / "build" / "site"
+MODULES = HERE / "node_modules"
+
+
+def main() -> int:
+    if not MODULES.is_dir():
+        raise SystemExit("tools/site/node_modules is missing; make site calls npm ci, which fills it")
+    paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    for folder in (SOURCE, SITE):
+        shutil.rmtree(folder, ignore_errors=True)
+    (SOURCE / "static").mkdir(parents=True)
+    lay_out_notebooks(paths)
+    lay_out_pages(paths)
+    lay_out_mathjax()
+    options = ["--fail-on-warning", "--keep-going", "--quiet", "--fresh-env", "--jobs=auto"]
+    return sphinx(
+        [*options, "-c", str(HERE), "-d", str(ROOT / "build" / "site-doctrees"), str(SOURCE), str(SITE)]
+    )
+
+
+def lay_out_notebooks(paths: list[Path]) -> None:
+    names, texts = reference.public_names(), {}
+    (SOURCE / "notebooks").mkdir()
+    for path in paths:
+        notebook = nbformat.read(path, as_version=4)
+        texts |= series.alternative_texts(notebook)
+        nbformat.write(series.prepare(notebook, STILLS, names), SOURCE / "notebooks" / path.name)
+    (SOURCE / "alternative_texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    shutil.copy(ROOT / "notebooks/open-in-colab.svg", SOURCE / "notebooks")
+
+
+def lay_out_pages(paths: list[Path]) -> None:
+    """The start page with the parts, the reference, and what is written by hand."""
+    parts, menus = "", ""
+    for part, some in series.in_parts(paths):
+        parts += f"## {part.title}\n\n{part.about}\n\n"
+        menus += f"\n```{{toctree}}\n:caption: {part.title}\n:hidden:\n\n"
+        for path in some:
+            title, claim = series.title_and_claim(nbformat.read(path, as_version=4))
+            parts += f"**[{title}](notebooks/{path.name})**\n: {claim}\n\n"
+            menus += f"notebooks/{path.stem}\n"
+        menus += "```\n"
+    index = (HERE / "index.md").read_text(encoding="utf-8")
+    index = index.replace("PARTS\n", parts).replace("MENUS\n", menus)
+    (SOURCE / "index.md").write_text(index, encoding="utf-8")
+    for page in ("try.md", "teaching.md"):
+        shutil.copy(HERE / page, SOURCE)
+    shutil.copy(ROOT / ".github/attention.jpg", SOURCE)
+    (SOURCE / "reference").mkdir()
+    for name, text in reference.pages().items():
+        (SOURCE / "reference" / name).write_text(text, encoding="utf-8")
+
+
+def lay_out_mathjax() -> None:
+    """MathJax with its fonts, in the folder from which it loads them."""
+    mathjax, kept = MODULES / "mathjax/es5", SOURCE / "static/mathjax"
+    fonts = "output/chtml/fonts/woff-v2"
+    shutil.copytree(mathjax / fonts, kept / fonts)
+    shutil.copy(mathjax / "tex-chtml.js", kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Sphinx's settings. What it reads is laid out by build.py in build/site-source."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "build" / "site-source"
+
+project = "SigLIP notebooks"
+html_title = project
+author = "the authors of the SigLIP notebooks"
+copyright = "Apache-2.0; pictures as their credits say"
+language = "en-GB"
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+exclude_patterns = ["static"]
+
+nb_execution_mode = "off"  # the stored outputs are shown
+nb_ipywidgets_js = {}  # which would come from elsewhere; widgets are shown as stills
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 4
+myst_links_external_new_tab = False
+
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+add_module_names = False
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_custom_sections = [("Shapes", "notes_style"), ("Source", "notes_style")]
+
+html_theme = "sphinx_book_theme"
+html_theme_options = {
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "home_page_in_toc": True,
+    "show_navbar_depth": 1,
+    "show_toc_level": 1,
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+    "show_prev_next": True,
+    "extra_footer": "",
+}
+html_static_path = ["static", str(SOURCE / "static")]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_last_updated_fmt = None
+templates_path = ["templates"]
+mathjax_path = "mathjax/tex-chtml.js"
+# a menu would load what isn't here
+mathjax3_config = {"options": {"enableMenu": False}}
+
+
+def alternative_texts(app, doctree) -> None:
+    """Give stored pictures, which MyST-NB names by their digest, the texts that the notebooks hold for them."""
+    texts = json.loads((SOURCE / "alternative_texts.json").read_text(encoding="utf-8"))
+    for image in doctree.findall(lambda node: node.tagname == "image"):
+        if text := texts.get(Path(image["uri"]).stem):
+            image["alt"] = text
+
+
+def leave_out(app, what, name, member, skip, options) -> bool | None:
+    """A named tuple's fields describe themselves in no other words than these."""
+    return True if (member.__doc__ or "").startswith("Alias for field number") else None
+
+
+def setup(app) -> None:
+    app.connect("autodoc-skip-member", leave_out)
+    app.connect("doctree-read", alternative_texts)
