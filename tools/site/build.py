@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import nbformat
 import reference
 import series
+from demo import lay_out_demo
 from sphinx.cmd.build import main as sphinx
 from stills import STILLS
 
@@ -32,6 +34,7 @@ def main() -> int:
     lay_out_notebooks(paths)
     lay_out_pages(paths)
     lay_out_mathjax()
+    lay_out_demo(SOURCE / "static/try", MODULES)
     options = ["--fail-on-warning", "--keep-going", "--quiet", "--fresh-env", "--jobs=auto"]
     return sphinx(
         [*options, "-c", str(HERE), "-d", str(ROOT / "build" / "site-doctrees"), str(SOURCE), str(SITE)]
@@ -57,18 +60,35 @@ def lay_out_pages(paths: list[Path]) -> None:
         menus += f"\n```{{toctree}}\n:caption: {part.title}\n:hidden:\n\n"
         for path in some:
             title, claim = series.title_and_claim(nbformat.read(path, as_version=4))
-            parts += f"**[{title}](notebooks/{path.name})**\n: {claim}\n\n"
+            parts += f"[{title}](notebooks/{path.name})\n: {claim}\n\n"
             menus += f"notebooks/{path.stem}\n"
         menus += "```\n"
     index = (HERE / "index.md").read_text(encoding="utf-8")
     index = index.replace("PARTS\n", parts).replace("MENUS\n", menus)
     (SOURCE / "index.md").write_text(index, encoding="utf-8")
-    for page in ("try.md", "teaching.md"):
-        shutil.copy(HERE / page, SOURCE)
+    shutil.copy(HERE / "try.md", SOURCE)
+    (SOURCE / "teaching.md").write_text(teaching(), encoding="utf-8")
+    (SOURCE / "credits.md").write_text(credits(), encoding="utf-8")
     shutil.copy(ROOT / ".github/attention.jpg", SOURCE)
     (SOURCE / "reference").mkdir()
     for name, text in reference.pages().items():
         (SOURCE / "reference" / name).write_text(text, encoding="utf-8")
+
+
+def teaching() -> str:
+    """The teacher's guide, whose links to notebooks lead to their pages; those to other files become text."""
+    text = (HERE / "teaching.md").read_text(encoding="utf-8")
+    text = text.replace("](../../notebooks/", "](notebooks/")
+    return re.sub(r"\[([^\]]*)\]\(\.\./\.\./[^)]*\)", r"\1", text)
+
+
+def credits() -> str:
+    """Who made the pictures, and under which licences: what lies beside them in the library, one below the other."""
+    text = (HERE / "credits.md").read_text(encoding="utf-8")
+    for folder in ("data", "classroom/pictures"):
+        found = (ROOT / "siglip_lib" / folder / "CREDITS.md").read_text(encoding="utf-8")
+        text += "\n" + re.sub("^#", "##", found, flags=re.MULTILINE)
+    return text
 
 
 def lay_out_mathjax() -> None:

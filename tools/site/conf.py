@@ -8,19 +8,17 @@ SOURCE = ROOT / "build" / "site-source"
 
 project = "SigLIP notebooks"
 html_title = project
-author = "the authors of the SigLIP notebooks"
-copyright = "Apache-2.0; pictures as their credits say"
-language = "en-GB"
+language = "en"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 exclude_patterns = ["static"]
 
 nb_execution_mode = "off"  # the stored outputs are shown
 nb_ipywidgets_js = {}  # which would come from elsewhere; widgets are shown as stills
-myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 4
-myst_links_external_new_tab = False
 
 autodoc_typehints = "signature"
+autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
@@ -34,18 +32,15 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "home_page_in_toc": True,
-    "show_navbar_depth": 1,
-    "show_toc_level": 1,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
-    "show_prev_next": True,
-    "extra_footer": "",
+    "footer_content_items": ["licences"],
 }
+html_context = {"default_mode": "auto"}
+html_favicon = "static/favicon.svg"
 html_static_path = ["static", str(SOURCE / "static")]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_show_sphinx = False
-html_last_updated_fmt = None
 templates_path = ["templates"]
 mathjax_path = "mathjax/tex-chtml.js"
 # a menu would load what isn't here
@@ -60,6 +55,12 @@ def alternative_texts(app, doctree) -> None:
             image["alt"] = text
 
 
+def label_by_words(app, pagename, templatename, context, doctree) -> None:
+    """MyST-NB labels what it closes "Toggle hidden content"; its own words say more."""
+    if body := context.get("body"):
+        context["body"] = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+
+
 def leave_out(app, what, name, member, skip, options) -> bool | None:
     """A named tuple's fields describe themselves in no other words than these."""
     return True if (member.__doc__ or "").startswith("Alias for field number") else None
@@ -68,3 +69,4 @@ def leave_out(app, what, name, member, skip, options) -> bool | None:
 def setup(app) -> None:
     app.connect("autodoc-skip-member", leave_out)
     app.connect("doctree-read", alternative_texts)
+    app.connect("html-page-context", label_by_words)

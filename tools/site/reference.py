@@ -32,15 +32,13 @@ def pages() -> dict[str, str]:
 
 def _index() -> str:
     names = public_names()
-    rows = [
-        f"| {{py:obj}}`{name} <{names[name]}>` | {_first_line(name)} |"
-        for name in siglip_lib.__all__
-    ]
+    entries = "".join(
+        f"{{py:obj}}`{name} <{names[name]}>`\n: {_first_line(name)}\n\n" for name in siglip_lib.__all__
+    )
     wings = "\n".join((*WINGS, "kernels"))
     return (
         "# Reference\n\nWhat `from siglip_lib import ...` offers, in the words of the code. The wings have further public "
-        "names; a page for each is in the menu.\n\n"
-        "| name | what it is |\n|---|---|\n" + "\n".join(rows) + f"\n\n```{{toctree}}\n:hidden:\n\n{wings}\n```\n"
+        f"names; a page for each is in the menu.\n\n{entries}```{{toctree}}\n:hidden:\n\n{wings}\n```\n"
     )
 
 
@@ -76,7 +74,7 @@ def _entry(module: ModuleType, name: str) -> str:
     elif inspect.isroutine(value):
         lines = f".. autofunction:: {where}"
     else:
-        lines = f".. py:data:: {where}\n\n   {_comment(module, name)}"
+        lines = f".. py:currentmodule:: {module.__name__}\n.. py:data:: {name}\n\n   {_comment(module, name)}"
     return f"```{{eval-rst}}\n{lines}\n```\n"
 
 
@@ -87,16 +85,16 @@ def _comment(module: ModuleType, name: str) -> str:
         if found := re.search(rf"((?:^#.*\n)*)^{name}\b.* = ", source, re.MULTILINE):
             comment = " ".join(line.removeprefix("# ") for line in found[1].splitlines())
             kind = type(getattr(module, name)).__name__
-            return f"{comment[:1].upper()}{comment[1:]}." if comment else f"A constant, {kind}."
+            return f"{comment[:1].upper()}{comment[1:].removesuffix('.')}." if comment else f"A constant, {kind}."
     raise ValueError(f"{module.__name__} gives {name} no value")
 
 
 def _first_line(name: str) -> str:
-    """What a public name is, in a line of a table."""
+    """What a public name is, in a sentence or two."""
     value = getattr(siglip_lib, name)
     if inspect.isclass(value) or inspect.isroutine(value):
         text = inspect.getdoc(value).split("\n\n")[0]
     else:
         module = importlib.import_module(public_names()[name].rpartition(".")[0])
         text = _comment(module, name)
-    return text.replace("\n", " ").replace("``", "`").replace("|", "\\|")
+    return text.replace("\n", " ").replace("``", "`")
