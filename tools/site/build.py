@@ -36,9 +36,11 @@ def main() -> int:
     lay_out_mathjax()
     lay_out_demo(SOURCE / "static/try", MODULES)
     options = ["--fail-on-warning", "--keep-going", "--quiet", "--fresh-env", "--jobs=auto"]
-    return sphinx(
-        [*options, "-c", str(HERE), "-d", str(ROOT / "build" / "site-doctrees"), str(SOURCE), str(SITE)]
-    )
+    doctrees = str(ROOT / "build" / "site-doctrees")
+    failed = sphinx([*options, "-c", str(HERE), "-d", doctrees, str(SOURCE), str(SITE)])
+    for template in (SITE / "_static").glob("*.html"):  # the themes leave them there
+        template.unlink()
+    return failed
 
 
 def lay_out_notebooks(paths: list[Path]) -> None:
@@ -65,6 +67,8 @@ def lay_out_pages(paths: list[Path]) -> None:
         menus += "```\n"
     index = (HERE / "index.md").read_text(encoding="utf-8")
     index = index.replace("PARTS\n", parts).replace("MENUS\n", menus)
+    wings = "".join(f"reference/{wing}\n" for wing in (*reference.WINGS, "kernels"))
+    index = index.replace("WINGS\n", wings)
     (SOURCE / "index.md").write_text(index, encoding="utf-8")
     shutil.copy(HERE / "try.md", SOURCE)
     (SOURCE / "teaching.md").write_text(teaching(), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Sphinx's settings. What it reads is laid out by build.py in build/site-source."""
 
 import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +39,10 @@ html_theme_options = {
 }
 html_context = {"default_mode": "auto"}
 html_favicon = "static/favicon.svg"
+html_sidebars = {"**": ["home", "search-button-field", "sbt-sidebar-nav"]}
 html_static_path = ["static", str(SOURCE / "static")]
 html_css_files = ["site.css"]
+html_js_files = [("site.js", {"defer": "defer"})]
 html_copy_source = False
 templates_path = ["templates"]
 mathjax_path = "mathjax/tex-chtml.js"
@@ -55,10 +58,19 @@ def alternative_texts(app, doctree) -> None:
             image["alt"] = text
 
 
-def label_by_words(app, pagename, templatename, context, doctree) -> None:
-    """MyST-NB labels what it closes "Toggle hidden content"; its own words say more."""
+def accessible(app, pagename, templatename, context, doctree) -> None:
+    """Mend what keeps a screen reader from a page's words."""
     if body := context.get("body"):
-        context["body"] = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+        # MyST-NB labels what it closes "Toggle hidden content"; its own words say more
+        body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+        body = body.replace('<th class="head"><p></p></th>', "<td></td>")  # it heads nothing
+        # a signature in lines is a list of descriptions without terms
+        context["body"] = re.sub(r"<dl>\n((?:<dd>.*</dd>\n)+)</dl>", _parameters, body)
+
+
+def _parameters(match: re.Match) -> str:
+    lines = match[1].replace("<dd>", "<span>").replace("</dd>", "</span>")
+    return f'<span class="parameters">{lines}</span>'
 
 
 def leave_out(app, what, name, member, skip, options) -> bool | None:
@@ -69,4 +81,4 @@ def leave_out(app, what, name, member, skip, options) -> bool | None:
 def setup(app) -> None:
     app.connect("autodoc-skip-member", leave_out)
     app.connect("doctree-read", alternative_texts)
-    app.connect("html-page-context", label_by_words)
+    app.connect("html-page-context", accessible)

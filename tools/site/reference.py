@@ -35,10 +35,9 @@ def _index() -> str:
     entries = "".join(
         f"{{py:obj}}`{name} <{names[name]}>`\n: {_first_line(name)}\n\n" for name in siglip_lib.__all__
     )
-    wings = "\n".join((*WINGS, "kernels"))
     return (
         "# Reference\n\nWhat `from siglip_lib import ...` offers, in the words of the code. The wings have further public "
-        f"names; a page for each is in the menu.\n\n{entries}```{{toctree}}\n:hidden:\n\n{wings}\n```\n"
+        f"names; a page for each is in the menu.\n\n{entries}"
     )
 
 
