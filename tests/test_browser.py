@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import nbformat
 import pytest
+from serving import listens
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 pytest.importorskip("jupyterlab", reason="needs jupyterlab")
@@ -107,10 +108,11 @@ def lab(tmp_path_factory) -> Iterator[str]:
 
     def address() -> str | None:
         assert server.poll() is None, log.read_text(encoding="utf-8")
-        found = [*(folder / "runtime").glob("jpserver-*.json")]
-        return (
-            json.loads(found[0].read_text(encoding="utf-8") or "{}").get("url") if found else None
-        )
+        for file in (folder / "runtime").glob("jpserver-*.json"):
+            told = json.loads(file.read_text(encoding="utf-8") or "{}")
+            if told and listens(told["port"]):
+                return told["url"]
+        return None
 
     try:
         yield f"{wait_for('JupyterLab', address)}doc/tree/tiny.ipynb?token={token}"
