@@ -6,7 +6,7 @@ PORT  ?= 8888
 SHARE := -n auto --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.cfg --nbval-cell-timeout=300
 
-.PHONY: lab test lint unit notebooks slow mutations outputs measured speed speed-many weights ablations links clean
+.PHONY: lab test lint unit notebooks slow mutations outputs measured speed speed-many weights ablations links site test-site clean
 
 lab: $(VENV)/ready
 	@exec .ci/lab $(BIN) $(PORT)
@@ -50,9 +50,22 @@ ablations: $(VENV)/ready  ## on a GPU: a table of what helps, by EmojiOne's draw
 links: $(VENV)/ready  ## where origin is on GitHub: Colab badges, and the install line of each notebook's first cell
 	$(BIN)/python tools/write_links.py
 
+site: $(VENV)/site-ready  ## the website, from the stored outputs, into build/site: two minutes; needs npm on first use
+	$(BIN)/python tools/site/build.py
+
+test-site: site  ## every page in headless Chromium, and the page "Try it" against the library: some minutes
+	$(BIN)/pytest -n auto --dist worksteal -m site --durations=5 tests/test_site.py
+
 clean:
 	rm -rf $(VENV)
 
 $(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-gpu.txt .ci/setup
 	@.ci/setup $(VENV)
+	@touch $@
+
+$(VENV)/site-ready: $(VENV)/ready tools/site/package.json tools/site/package-lock.json  # the constraints that .ci/setup takes
+	@command -v npm >/dev/null || { echo "make site needs npm (Debian and Ubuntu: apt install npm)" >&2; exit 1; }
+	@constraints=constraints-cpu.txt; if nvidia-smi >/dev/null 2>&1; then constraints=constraints-gpu.txt; fi; \
+	  $(BIN)/pip install --disable-pip-version-check -c $$constraints -e ".[site]"
+	@cd tools/site && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
@@ -220,7 +219,9 @@ class Browser:
             json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")
         )
         return [
-            e["params"]["request"]["url"] for e in told if e["method"] == "Network.requestWillBeSent"
+            e["params"]["request"]["url"]
+            for e in told
+            if e["method"] == "Network.requestWillBeSent"
         ]
 
     def all_of(self, selector: str) -> list:
@@ -294,7 +295,9 @@ def test_a_page_loads_without_a_complaint_or_a_request_to_elsewhere_and_fits_a_p
     # chrome: and chrome-untrusted: are the browser's own page, which it started with
     here = (browser.address, "data:", f"blob:{browser.address}", "chrome")
     assert [url for url in browser.requests() if not url.startswith(here)] == []
-    browser.driver.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    browser.driver.execute_script(
+        "document.querySelectorAll('details').forEach(d => d.open = true)"
+    )
     wide = """
         const page = document.documentElement, width = page.clientWidth;
         const scrolls = e => e && (getComputedStyle(e).overflowX !== "visible" || scrolls(e.parentElement));
@@ -322,7 +325,9 @@ def test_contrast_alternative_texts_and_roles(browser, name, scheme, size, rules
     """All that axe-core looks for, with every disclosure open."""
     browser.open(name, size, scheme)
     assert browser.driver.execute_script("return document.documentElement.dataset.theme") == scheme
-    browser.driver.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    browser.driver.execute_script(
+        "document.querySelectorAll('details').forEach(d => d.open = true)"
+    )
     browser.driver.execute_script(AXE.read_text(encoding="utf-8"))
     found = browser.call(
         "const r = await axe.run(document, {...args[0], resultTypes: ['violations']});"
@@ -400,8 +405,12 @@ def test_a_text_finds_an_apple_and_the_page_loads_only_what_was_asked_for(browse
     assert picture.get_attribute("aria-label").startswith("Drawing: ")
     loaded = {urlparse(url).path for url in browser.requests() if url.startswith(browser.address)}
     assert not [path for path in loaded if path.startswith("/_static/try/scene")]
-    whole = sum((SITE / path.lstrip("/")).stat().st_size for path in loaded if (SITE / path[1:]).is_file())
-    maps = sum(path.stat().st_size for path in (SITE / "_static/try").glob("*.gz") if path.name[0] in "ms")
+    whole = sum(
+        (SITE / path.lstrip("/")).stat().st_size for path in loaded if (SITE / path[1:]).is_file()
+    )
+    maps = sum(
+        path.stat().st_size for path in (SITE / "_static/try").glob("*.gz") if path.name[0] in "ms"
+    )
     assert whole + maps < MOST
     assert browser.complaints() == []
 
@@ -432,11 +441,14 @@ def test_what_does_not_arrive_is_told_with_what_to_do(browser):
 
 
 AWKWARD = (
-    "", " ", "!?", "A  Red\tApple ", "naïve café", "ﬁve ﬂags", "①②③ ½", "ＦＵＬＬ ｗｉｄｔｈ", "ΑΣ ΣΑΣ", "İstanbul", "straße", "北京 烤鸭",
-    "한국어", "한국어", "e\u0301clair", "a\u00a0b\u2003c\u3000d", "x\u200by\ufeffz", "\x1ca\x1db\x85c", "tab\tand\nline", "🍎 red 🍏🍎",
-    "👩‍👩‍👧", "a" * 300, "supercalifragilisticexpialidocious", "▁under▁score", "</s> <pad> <unk>", "don't stop-me_now", "½ cup", "x²+y³",
-    "ﷺ", "Ǆ ǆ", "zz" * 40, "a picture of a red apple, fruit, green, and many other words that go on and on",
-    "~ ～ `", "•·…", "“quoted” ‘text’", "\u202eright\u202c", "i̇", "ŉ", "ﬀ", "K Å Ω", "ⅷ", "か\u3099", "\x00\x01 a", "\ufffd", "q\u0307\u0323", "𝔘𝔫𝔦",
+    "", " ", "!?", "A  Red\tApple ", "naïve café", "ﬁve ﬂags", "①②③ ½", "ＦＵＬＬ ｗｉｄｔｈ", "ΑΣ ΣΑΣ",
+    "İstanbul", "straße", "北京 烤鸭", "한국어", "한국어", "e\u0301clair", "a\u00a0b\u2003c\u3000d",
+    "x\u200by\ufeffz", "\x1ca\x1db\x85c", "tab\tand\nline", "🍎 red 🍏🍎", "👩‍👩‍👧", "a" * 300,
+    "supercalifragilisticexpialidocious", "▁under▁score", "</s> <pad> <unk>", "don't stop-me_now", "½ cup",
+    "x²+y³", "ﷺ", "Ǆ ǆ", "zz" * 40,
+    "a picture of a red apple, fruit, green, and many other words that go on and on", "~ ～ `", "•·…",
+    "“quoted” ‘text’", "\u202eright\u202c", "i̇", "ŉ", "ﬀ", "K Å Ω", "ⅷ", "か\u3099", "\x00\x01 a", "\ufffd",
+    "q\u0307\u0323", "𝔘𝔫𝔦",
 )  # fmt: skip
 TOKENS = """
     const {facts, load} = await import("/_static/try/loading.js");
@@ -457,7 +469,9 @@ def test_the_tokenizer_in_the_page_gives_what_the_librarys_gives(browser, shippe
     texts = [*AWKWARD, *emoji.symbols, *dict.fromkeys(texts)]
     assert len(texts) > 20_000
     browser.open("try.html")
-    found = [ids for i in range(0, len(texts), 5000) for ids in browser.call(TOKENS, texts[i : i + 5000])]
+    found = [
+        ids for i in range(0, len(texts), 5000) for ids in browser.call(TOKENS, texts[i : i + 5000])
+    ]
     wanted = shipped[1](texts).tolist()
     wrong = [(t, f, w) for t, f, w in zip(texts, found, wanted, strict=True) if f != w]
     assert wrong == []
@@ -537,13 +551,17 @@ def test_clicks_and_arrow_keys_move_the_patch_that_looks(browser):
         do()
         wait_for(
             "another map",
-            lambda: browser.driver.execute_script("return arguments[0].toDataURL()", canvas) != before,
+            lambda: (
+                browser.driver.execute_script("return arguments[0].toDataURL()", canvas) != before
+            ),
         )
         return caption.text
 
     def click(row: float, column: float) -> None:
         x, y = (column / 8 - 0.5) * canvas.size["width"], (row / 8 - 0.5) * canvas.size["height"]
-        webdriver.ActionChains(browser.driver).move_to_element_with_offset(frame, x, y).click().perform()
+        webdriver.ActionChains(browser.driver).move_to_element_with_offset(
+            frame, x, y
+        ).click().perform()
 
     assert "row 5, column 5" in caption.text
     browser.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", frame)

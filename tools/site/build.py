@@ -1,6 +1,6 @@
 """Build the website into build/site from the stored outputs: no notebook is run and nothing is fetched.
 
-``make site`` installs what it needs and calls it. Beside Sphinx that is what ``npm ci`` puts into tools/site/node_modules.
+``make site`` installs what it needs, Sphinx and what ``npm ci`` puts into tools/site/node_modules, and calls it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ MODULES = HERE / "node_modules"
 
 def main() -> int:
     if not MODULES.is_dir():
-        raise SystemExit("tools/site/node_modules is missing; make site calls npm ci, which fills it")
+        raise SystemExit(
+            "tools/site/node_modules is missing; make site calls npm ci, which fills it"
+        )
     paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     for folder in (SOURCE, SITE):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
 """What the page "Try it" loads: text tower, tokenizer, pictures with their vectors, and maps, each of its own file.
 
-Every file is gzip-compressed here, as not every host of static files compresses what it sends. ``files.json`` tells their
-sizes, so that the page can say beforehand how much it will load.
+Every file is gzip-compressed here, as not every host of static files compresses what it sends. ``files.json`` tells
+their sizes, so that the page can say beforehand how much it will load.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def tokenizer() -> bytes:
     model.ParseFromString(shipped()[1].proto)
     settings = model.normalizer_spec
     if not (settings.add_dummy_prefix and settings.remove_extra_whitespaces):
-        raise ValueError("the tokenizer in the page takes a space before the text and one between words for granted")
+        raise ValueError(
+            "the tokenizer in the page takes a space before the text and one between words for granted"
+        )
     normal = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
     pieces = [[p.piece, p.score] if p.type == normal else None for p in model.pieces]
     table = np.frombuffer(settings.precompiled_charsmap, dtype=np.uint8).tolist()
@@ -138,7 +140,7 @@ def sheet() -> bytes:
 
 
 def maps() -> bytes:
-    """Attention of each scene, block, head and patch, (3, 6, 4, 64, 64), then of the pooling head (3, 4, 64), 16 bits."""
+    """Attention of scenes, blocks, heads and patches, (3, 6, 4, 64, 64), then of pooling heads (3, 4, 64), 16 bits."""
     tower, pixels = shipped()[0].image, scenes().pixels[:SCENES]
     with torch.no_grad(), attention_maps(tower) as found:
         tower.forward_head(tower.forward_features(pixels))

@@ -33,11 +33,12 @@ def pages() -> dict[str, str]:
 def _index() -> str:
     names = public_names()
     entries = "".join(
-        f"{{py:obj}}`{name} <{names[name]}>`\n: {_first_line(name)}\n\n" for name in siglip_lib.__all__
+        f"{{py:obj}}`{name} <{names[name]}>`\n: {_first_line(name)}\n\n"
+        for name in siglip_lib.__all__
     )
     return (
-        "# Reference\n\nWhat `from siglip_lib import ...` offers, in the words of the code. The wings have further public "
-        f"names; a page for each is in the menu.\n\n{entries}"
+        "# Reference\n\nWhat `from siglip_lib import ...` offers, in the words of the code. The wings have further "
+        f"public names; a page for each is in the menu.\n\n{entries}"
     )
 
 
@@ -49,7 +50,9 @@ def _wing(wing: str) -> str:
 
 def _kernels() -> str:
     """These modules have no list of public names: what they define and describe is shown."""
-    text = f"# siglip_lib.kernels\n\n{inspect.getdoc(importlib.import_module('siglip_lib.kernels'))}\n"
+    text = (
+        f"# siglip_lib.kernels\n\n{inspect.getdoc(importlib.import_module('siglip_lib.kernels'))}\n"
+    )
     for kernel in KERNELS:
         module = importlib.import_module(f"siglip_lib.kernels.{kernel}")
         own = [
@@ -84,7 +87,11 @@ def _comment(module: ModuleType, name: str) -> str:
         if found := re.search(rf"((?:^#.*\n)*)^{name}\b.* = ", source, re.MULTILINE):
             comment = " ".join(line.removeprefix("# ") for line in found[1].splitlines())
             kind = type(getattr(module, name)).__name__
-            return f"{comment[:1].upper()}{comment[1:].removesuffix('.')}." if comment else f"A constant, {kind}."
+            return (
+                f"{comment[:1].upper()}{comment[1:].removesuffix('.')}."
+                if comment
+                else f"A constant, {kind}."
+            )
     raise ValueError(f"{module.__name__} gives {name} no value")
 
 

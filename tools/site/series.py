@@ -14,7 +14,10 @@ import nbformat
 from nbformat import NotebookNode
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-ANSWER = {"code_prompt_show": "Show what was measured", "code_prompt_hide": "Hide what was measured"}
+ANSWER = {
+    "code_prompt_show": "Show what was measured",
+    "code_prompt_hide": "Hide what was measured",
+}
 SETUP = {"code_prompt_show": "Show the imports", "code_prompt_hide": "Hide the imports"}
 # what tqdm stores of a bar that is about to start
 _BAR = re.compile(r"\| 0/(\d+) \[.*\?(\w+)/s\]")
@@ -36,7 +39,9 @@ class Part:
 
 PARTS = (
     Part("The image tower", "SigLIP's image tower, one component at a time.", range(9)),
-    Part("SigLIP", "The loss, a training, and maps of where the trained tower looks.", range(9, 12)),
+    Part(
+        "SigLIP", "The loss, a training, and maps of where the trained tower looks.", range(9, 12)
+    ),
     Part("Kernels", "What runs underneath, written in Triton.", range(12, 14)),
     Part("Many GPUs", "The loss and the training, shared by several GPUs.", range(14, 15)),
     Part("Language", "From the tower to a language model.", range(15, 16)),

@@ -58,7 +58,9 @@ def scene_names(number: int) -> list[str]:
 def all_drawings() -> str:
     model, tokenizer, emoji, vectors = shipped()
     titles = [emoji.names[place] for place in emoji.concept]
-    return _search(search_box(model, tokenizer, vectors, emoji.picture, titles, query="a red apple"))
+    return _search(
+        search_box(model, tokenizer, vectors, emoji.picture, titles, query="a red apple")
+    )
 
 
 def held_out_drawings() -> str:
@@ -70,13 +72,25 @@ def held_out_drawings() -> str:
     def drawing(i: int):
         return emoji.picture(int(places[i]))
 
-    return _search(search_box(model, tokenizer, vectors[places], drawing, titles, query="a red apple"))
+    return _search(
+        search_box(model, tokenizer, vectors[places], drawing, titles, query="a red apple")
+    )
 
 
 def folder_of_pictures() -> str:
     """Notebook 08's album: nine drawings and three photographs, as files."""
     model, tokenizer, emoji, _ = shipped()
-    drawn = ("red apple", "pizza", "rocket", "umbrella", "bicycle", "snowman", "house", "sunflower", "elephant")
+    drawn = (
+        "red apple",
+        "pizza",
+        "rocket",
+        "umbrella",
+        "bicycle",
+        "snowman",
+        "house",
+        "sunflower",
+        "elephant",
+    )
     twemoji = emoji.vendor == emoji.vendors.index("twemoji")
     with tempfile.TemporaryDirectory() as album:
         for name in drawn:
@@ -114,8 +128,9 @@ STILLS: dict[str, Callable[[], str]] = {
 
 def _search(box: VBox) -> str:
     field, results = box.children
+    typed = html.escape(field.value)
     return _still(
-        f'<p class="still-field"><span>{field.description}</span> <span>{html.escape(field.value)}</span></p>{results.value}',
+        f'<p class="still-field"><span>{field.description}</span> <span>{typed}</span></p>{results.value}',
         'A search, as it stands at first. In a running notebook its text can be changed; here, <a href="../try.html">'
         "search in your browser</a>.",
     )
