@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +94,12 @@ def held_out_pictures() -> tuple[Tensor, int]:
 def text_tower() -> bytes:
     """The text tower as ONNX, in float32."""
     model, read, *_ = shipped()
-    # the exporter tells of its steps
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+    # the exporter tells of its steps, and warns of its own code
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(action="ignore", category=FutureWarning),
+        torch.no_grad(),
+    ):
         program = torch.onnx.export(
             TextTower(model).eval(),
             (read(["a red apple"]),),

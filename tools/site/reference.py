@@ -37,7 +37,7 @@ def _index() -> str:
         for name in siglip_lib.__all__
     )
     return (
-        "# Reference\n\nWhat `from siglip_lib import ...` offers, in the words of the code. The wings have further "
+        "# Reference\n\nThe names that `siglip_lib` itself offers, in the words of the code. Its wings have further "
         f"public names; a page for each is in the menu.\n\n{entries}"
     )
 
