@@ -310,6 +310,15 @@ def test_a_page_loads_without_a_complaint_or_a_request_to_elsewhere_and_fits_a_p
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_mathematics_is_set_and_nothing_of_its_source_is_seen(browser, name):
+    browser.open(name)
+    formulas = text_of(name).count('<span class="math') + text_of(name).count('<div class="math')
+    assert len(browser.all_of("mjx-container")) == formulas
+    told = "return [...document.querySelectorAll('mjx-assistive-mml')].map(e => e.textContent)"
+    assert not [text for text in browser.driver.execute_script(told) if "\\" in text]
+
+
 @pages
 @pytest.mark.parametrize(
     ("scheme", "size", "rules"),

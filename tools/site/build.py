@@ -98,11 +98,13 @@ def credits() -> str:
 
 
 def lay_out_mathjax() -> None:
-    """MathJax with its fonts, in the folder from which it loads them."""
+    """MathJax with its fonts and an extension, in the folder from which it loads them."""
     mathjax, kept = MODULES / "mathjax/es5", SOURCE / "static/mathjax"
     fonts = "output/chtml/fonts/woff-v2"
     shutil.copytree(mathjax / fonts, kept / fonts)
-    shutil.copy(mathjax / "tex-chtml.js", kept)
+    for script in ("tex-chtml.js", "input/tex/extensions/textmacros.js"):
+        (kept / script).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(mathjax / script, kept / script)
 
 
 if __name__ == "__main__":

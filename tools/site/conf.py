@@ -46,8 +46,11 @@ html_js_files = [("site.js", {"defer": "defer"})]
 html_copy_source = False
 templates_path = ["templates"]
 mathjax_path = "mathjax/tex-chtml.js"
-# a menu would load what isn't here
-mathjax3_config = {"options": {"enableMenu": False}}
+mathjax3_config = {
+    "loader": {"load": ["[tex]/textmacros"]},
+    "tex": {"packages": {"[+]": ["textmacros"]}},  # for names such as \text{fan\_in}
+    "options": {"enableMenu": False},  # a menu would load what isn't here
+}
 
 
 def alternative_texts(app, doctree) -> None:
