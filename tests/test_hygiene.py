@@ -217,6 +217,7 @@ def in_the_locales_encoding(source: str) -> list[str]:
 CODE = [
     *(ROOT / "siglip_lib").rglob("*.py"),
     *(ROOT / "tools").glob("*.py"),
+    *(ROOT / "tools/site").glob("*.py"),
     *(path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")),
 ]
 
@@ -288,7 +289,11 @@ def test_workflows_read_only_and_use_what_nobody_can_move(workflow):
     parsed = yaml.safe_load(workflow.read_text(encoding="utf-8"))
     assert parsed["permissions"] == {"contents": "read"}
     for job in parsed["jobs"].values():
-        assert "permissions" not in job
+        if "permissions" in job:  # to publish takes these two, in a job that runs no code of ours
+            assert job["permissions"] == {"pages": "write", "id-token": "write"}
+            assert [step["uses"].partition("@")[0] for step in job["steps"]] == [
+                "actions/deploy-pages"
+            ]
         for step in job["steps"]:
             assert re.fullmatch(r"[\w-]+/[\w/-]+@[0-9a-f]{40}", step.get("uses", "a/b@" + "0" * 40))
             if step.get("uses", "").startswith("actions/checkout@"):
@@ -318,6 +323,7 @@ TEXTS = [
         path
         for folder in ("siglip_lib", "tools", "tests")
         for path in (ROOT / folder).rglob("*.py")
+        if "node_modules" not in path.parts
     ),
     *(ROOT / "siglip_lib").rglob("*.md"),
     *PATHS,
