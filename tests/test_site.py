@@ -3,6 +3,7 @@
 Run by `make test-site`. The server listens on this machine alone, and the browser reaches nothing else.
 """
 
+import html
 import http.server
 import json
 import os
@@ -130,6 +131,33 @@ def test_a_notebook_is_shown_with_what_it_stored(path):
     solutions = sum(cell.source.count("<details>") for cell in notebook.cells)
     assert sum(not d for d in page.details) == solutions
     assert not [d for d in page.details if "open" in d]
+
+
+def test_cells_that_only_a_running_notebook_answers_are_left_out():
+    calls = re.compile(r'<span class="n">(?:count_)?predict(?:ions)?</span><span class="p">\(')
+    for name in NOTEBOOKS:
+        assert not calls.search(text_of(name)), name
+        assert "are left out" in text_of(name), name
+
+
+def test_a_line_that_begins_with_a_percent_sign_is_text():
+    lines = [
+        (path.stem, line)
+        for path in PATHS
+        for cell in read(path).cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.split("\n")
+        if line.startswith("% ")
+    ]
+    assert lines
+    for stem, line in lines:
+        assert line[:30] in html.unescape(text_of(f"notebooks/{stem}.html")), (stem, line)
+
+
+def test_what_was_printed_in_pieces_is_one_block():
+    for name in NOTEBOOKS:
+        pieces = r'</pre></div>\s*</div>\s*<div class="output stream'
+        assert not re.search(pieces, text_of(name)), name
 
 
 def test_every_widget_has_a_still():
