@@ -23,3 +23,13 @@ const enlargeable = () => {
 addEventListener("load", enlargeable);
 addEventListener("resize", enlargeable);
 document.addEventListener("toggle", enlargeable, true); // an answer that opens
+
+// A search quotes a page's text, without the menus that stand around it.
+if (typeof Search !== "undefined") {
+  const toText = Search.htmlToText;
+  Search.htmlToText = (html, anchor) => {
+    const page = new DOMParser().parseFromString(html, "text/html");
+    for (const menu of page.querySelectorAll(".bd-header-article, .bd-sidebar-secondary, #jb-print-docs-body")) menu.remove();
+    return toText(page.documentElement.outerHTML, anchor);
+  };
+}
