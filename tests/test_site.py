@@ -403,6 +403,14 @@ def test_a_search_quotes_a_pages_text_and_not_its_menus(browser):
     assert not [text for text in quoted if "System Settings" in text]
 
 
+def test_a_picture_that_a_phone_makes_smaller_opens_at_its_size(browser):
+    browser.open("notebooks/03_attention.html", (390, 844))
+    first = wait_for("links", lambda: browser.all_of(".cell_output a.larger"))[0]
+    picture = first.find_element(By.TAG_NAME, "img")
+    assert first.get_attribute("href") == picture.get_attribute("src")
+    assert int(picture.get_property("naturalWidth")) > picture.size["width"]
+
+
 def test_an_answer_opens_by_keyboard_and_is_closed_before(browser):
     browser.open("notebooks/06_block.html")
     answers = browser.all_of("details.below-input")
