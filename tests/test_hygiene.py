@@ -161,6 +161,16 @@ def test_pictures_have_alt_text(path, notebook):
 
 
 @notebooks
+def test_no_code_in_a_text_is_cut_by_a_line_that_begins_a_list(path, notebook):
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            text = re.sub(r"^```.*?^```", "", cell.source, flags=re.MULTILINE | re.DOTALL)
+            for before, line in itertools.pairwise(text.splitlines()):
+                cut = before.count("`") % 2 and re.match(r"([-+*>]|#+|\d+[.)]) ", line)
+                assert not cut, f"{before} / {line}"
+
+
+@notebooks
 def test_links_between_notebooks_lead_somewhere(path, notebook):
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for name in re.findall(r"\]\((\d\d_\w+\.ipynb)\)", text):

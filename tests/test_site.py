@@ -3,6 +3,7 @@
 Run by `make test-site`. The server listens on this machine alone, and the browser reaches nothing else.
 """
 
+import html
 import http.server
 import json
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from html.parser import HTMLParser
+from itertools import groupby
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
@@ -130,6 +132,37 @@ def test_a_notebook_is_shown_with_what_it_stored(path):
     solutions = sum(cell.source.count("<details>") for cell in notebook.cells)
     assert sum(not d for d in page.details) == solutions
     assert not [d for d in page.details if "open" in d]
+
+
+def test_cells_that_only_a_running_notebook_answers_are_left_out():
+    calls = re.compile(r'<span class="n">(?:count_)?predict(?:ions)?</span><span class="p">\(')
+    for name in NOTEBOOKS:
+        assert not calls.search(text_of(name)), name
+        assert "are left out" in text_of(name), name
+
+
+def test_a_line_that_begins_with_a_percent_sign_is_text():
+    lines = [
+        (path.stem, line)
+        for path in PATHS
+        for cell in read(path).cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.split("\n")
+        if line.startswith("% ")
+    ]
+    assert lines
+    for stem, line in lines:
+        assert line[:30] in html.unescape(text_of(f"notebooks/{stem}.html")), (stem, line)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_what_was_printed_in_pieces_is_one_block(path):
+    blocks = 0
+    for cell in read(path).cells[2:]:  # from the setup cell's output on
+        kinds = [output.output_type for output in cell.get("outputs", ())]
+        blocks += sum(kind == "stream" for kind, _ in groupby(kinds))
+    shown = len(re.findall('<div class="output stream', text_of(f"notebooks/{path.stem}.html")))
+    assert shown == blocks
 
 
 def test_every_widget_has_a_still():
@@ -361,6 +394,21 @@ def test_the_search_finds_layer_scale_by_keyboard_alone(browser):
     found = wait_for("results", lambda: [a.text for a in browser.all_of("ul.search li > a")])
     assert "05 · LayerScale and DropPath" in found
     assert any("LayerScale" in title for title in found[:3])
+
+
+def test_a_search_quotes_a_pages_text_and_not_its_menus(browser):
+    browser.open("search.html?q=flash+attention")
+    quoted = wait_for("quotes", lambda: [p.text for p in browser.all_of("ul.search p.context")])
+    assert any("flash" in text for text in quoted)
+    assert not [text for text in quoted if "System Settings" in text]
+
+
+def test_a_picture_that_a_phone_makes_smaller_opens_at_its_size(browser):
+    browser.open("notebooks/03_attention.html", (390, 844))
+    first = wait_for("links", lambda: browser.all_of(".cell_output a.larger"))[0]
+    picture = first.find_element(By.TAG_NAME, "img")
+    assert first.get_attribute("href") == picture.get_attribute("src")
+    assert int(picture.get_property("naturalWidth")) > picture.size["width"]
 
 
 def test_an_answer_opens_by_keyboard_and_is_closed_before(browser):

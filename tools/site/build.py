@@ -84,6 +84,7 @@ def lay_out_pages(paths: list[Path]) -> None:
 def teaching() -> str:
     """The teacher's guide, whose links to notebooks lead to their pages; those to other files become text."""
     text = (HERE / "teaching.md").read_text(encoding="utf-8")
+    text = text.replace("[README](../../README.md)", "[README](index.md#run-them-yourself)")
     text = text.replace("](../../notebooks/", "](notebooks/")
     return re.sub(r"\[([^\]]*)\]\(\.\./\.\./[^)]*\)", r"\1", text)
 

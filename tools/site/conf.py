@@ -16,6 +16,8 @@ exclude_patterns = ["static"]
 nb_execution_mode = "off"  # the stored outputs are shown
 nb_ipywidgets_js = {}  # which would come from elsewhere; widgets are shown as stills
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
+# in a notebook a line that begins with "%" or "+++" is text
+myst_disable_syntax = ["myst_line_comment", "myst_block_break"]
 myst_heading_anchors = 4
 
 autodoc_typehints = "signature"

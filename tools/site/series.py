@@ -19,6 +19,13 @@ ANSWER = {
     "code_prompt_hide": "Hide what was measured",
 }
 SETUP = {"code_prompt_show": "Show the imports", "code_prompt_hide": "Hide the imports"}
+HERE = (
+    "This page shows a stored run, on the device named below. What answers a **Predict** is closed until you open it, "
+    "and the cells in which a reader notes a prediction are left out. To change and run all of it, "
+    "[start your own copy](../index.md#run-them-yourself)."
+)
+# a cell that notes a reader's prediction or counts those that came true
+_PREDICTION = re.compile(r'(predict|count_predictions)\("')
 # what tqdm stores of a bar that is about to start
 _BAR = re.compile(r"\| 0/(\d+) \[.*\?(\w+)/s\]")
 # of a widget that has no still
@@ -80,11 +87,13 @@ def prepare(
         names: where the reference describes a name of the library, such as "Block": "siglip_lib.tower.Block".
     """
     notebook = nbformat.from_dict(notebook)
+    notebook.cells = [cell for cell in notebook.cells if not notes_a_prediction(cell)]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    # it looks for the library, which a page does without
-    notebook.cells.remove(code[0])
+    # the first one looks for the library, which a page does without
+    notebook.cells[notebook.cells.index(code[0])] = nbformat.v4.new_markdown_cell(HERE)
     _tag(code[1], "hide-input", SETUP)
     for cell in code[1:]:
+        cell.outputs = _joined(cell.outputs)
         if cell.metadata.get("jupyter", {}).get("outputs_hidden"):
             _tag(cell, "hide-output", ANSWER)
         for output in cell.outputs:
@@ -92,6 +101,11 @@ def prepare(
                 output["data"] = _without_widget(cell, output["data"]["text/plain"], stills)
     notebook.cells[0].source = _with_links(notebook.cells[0].source, names)
     return notebook
+
+
+def notes_a_prediction(cell: NotebookNode) -> bool:
+    """Whether it is a cell without output, which only a running notebook can answer."""
+    return cell.cell_type == "code" and bool(_PREDICTION.match(cell.source))
 
 
 def alternative_texts(notebook: NotebookNode) -> dict[str, str]:
@@ -103,6 +117,21 @@ def alternative_texts(notebook: NotebookNode) -> dict[str, str]:
                 digest = hashlib.sha256(base64.b64decode(data)).hexdigest()
                 found[digest] = output["metadata"][kind]["alt"]
     return found
+
+
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """The outputs, where what was printed in several pieces one after the other is one."""
+    joined = []
+    for output in outputs:
+        before = joined[-1] if joined else {}
+        if (
+            output.output_type == before.get("output_type") == "stream"
+            and output.name == before.name
+        ):
+            before.text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def _tag(cell: NotebookNode, tag: str, prompts: dict[str, str]) -> None:

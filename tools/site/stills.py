@@ -130,7 +130,7 @@ def _search(box: VBox) -> str:
     field, results = box.children
     typed = html.escape(field.value)
     return _still(
-        f'<p class="still-field"><span>{field.description}</span> <span>{typed}</span></p>{results.value}',
+        f'<p class="still-field"><span>{field.description} <span>{typed}</span></span></p>{results.value}',
         'A search, as it stands at first. In a running notebook its text can be changed; here, <a href="../try.html">'
         "search in your browser</a>.",
     )
@@ -139,7 +139,7 @@ def _search(box: VBox) -> str:
 def _viewer(box: VBox) -> str:
     menus, picker = box.children
     chosen = "".join(
-        f"<span>{menu.description}</span> <span>{html.escape(menu.label)}</span> "
+        f"<span>{menu.description} <span>{html.escape(menu.label)}</span></span> "
         for menu in menus.children
     )
     rows, columns = divmod(picker.picked, picker.columns)
