@@ -206,24 +206,21 @@ def _changed(gradebook: Gradebook, name: str, source: NotebookNode) -> str:
         notebook = gradebook.find_notebook(name, name)
     except MissingEntry:
         return ""
-    submissions = len(notebook.submissions)
-    if not submissions:
+    if not (count := len(notebook.submissions)):
         return ""
+    graded = "1 submission is" if count == 1 else f"{count} submissions are"
     before = {_number(cell.name): int(cell.max_score) for cell in notebook.grade_cells}
     marks = [cell.metadata.nbgrader for cell in source.cells if "nbgrader" in cell.metadata]
     now = {_number(mark.grade_id): mark.points for mark in marks if mark.grade}
     if differ := ", ".join(sorted(before.keys() ^ now.keys())):
         raise ValueError(
-            f"{name}.ipynb: exercise {differ} was added or removed, and {submissions} submissions are graded. "
-            f"Nothing was changed. Make another course with --course FOLDER, or remove the grades of this "
-            f"assignment: in the course's folder, nbgrader db assignment remove {name} --force"
+            f"{name}.ipynb: exercise {differ} was added or removed, and {graded} graded. Nothing was changed. Make "
+            f"another course, --course FOLDER, or remove the grades of this assignment: in the course's folder, "
+            f"nbgrader db assignment remove {name} --force"
         )
-    changed = [f"{n} from {before[n]} to {now[n]}" for n in sorted(now) if before[n] != now[n]]
-    if not changed:
-        return ""
-    return (
-        f"{name}: points changed, {', '.join(changed)}; grade its {submissions} submissions again"
-    )
+    changed = [f"{n} from {before[n]} to {now[n]}" for n in now if before[n] != now[n]]
+    again = f"{graded} to be graded again, by `make grade`"
+    return f"{name}: points changed, {', '.join(changed)}; {again}" if changed else ""
 
 
 def _number(grade_id: str) -> str:
