@@ -1,6 +1,7 @@
 """A class from the first command to the last, with the real nbgrader: handed out, handed in, graded, told why."""
 
 import csv
+import fcntl
 import hashlib
 import html
 import os
@@ -317,9 +318,18 @@ def test_what_nbgrader_refuses_changes_nothing(begun, tmp_path):
     text = edited(read(ATTENTION), exercises(read(ATTENTION))[0].solution, "### BEGIN SOLUTION\n")
     nbformat.write(text, path)
     with pytest.raises(
-        RuntimeError, match=r"^03_attention\.ipynb: nbgrader refuses it: .*SOLUTION"
+        RuntimeError, match=r"^03_attention\.ipynb: nbgrader refuses it: RuntimeError: .*nested"
     ):
         make_class(begun, [path])
+    assert digests(begun) == before
+
+
+def test_a_class_is_not_made_while_it_is_graded(begun):
+    before = digests(begun)
+    with (begun / "grading.lock").open("w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="is in use by `make grade`"):
+            make_class(begun, [ATTENTION])
     assert digests(begun) == before
 
 

@@ -15,6 +15,7 @@ gradebook, and takes its place when nothing went wrong.
 """
 
 import argparse
+import fcntl
 import itertools
 import os
 import re
@@ -36,6 +37,7 @@ _CHECK = re.compile(r'^check_exercise\("(\d\d)\.(\d)", (\w+)\)$', re.MULTILINE)
 _FOLDED = re.compile(r"<details><summary>Solution</summary>.*?</details>", re.DOTALL)
 _CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _MINUTES = re.compile(r"^\*\*(\d) \((\d+) minutes", re.MULTILINE)
+_ERROR = re.compile(r"^ *(\w*Error: .*)$", re.MULTILINE)  # of a traceback
 _LINK = re.compile(r"\]\((\d\d_\w+)\.ipynb\)")
 
 _NOTE = """\
@@ -168,23 +170,33 @@ def make_class(course: Path, paths: list[Path]) -> list[str]:
 
     Raises:
         ValueError: a notebook is not as it must be, or has other exercises than what is graded of it.
-        RuntimeError: nbgrader could not, with what it says. In both cases nothing is changed.
+        RuntimeError: the course is being graded, or nbgrader refuses, with what it says.
+            In all these cases nothing is changed.
     """
     sources = {path.stem: _read(path) for path in paths}
-    notes = []
-    if (course / "gradebook.db").exists():
-        with Gradebook(f"sqlite:///{course / 'gradebook.db'}", "siglip") as gradebook:
-            notes = [_changed(gradebook, name, source) for name, source in sources.items()]
     course.mkdir(parents=True, exist_ok=True)
+    with (course / "grading.lock").open("w", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{course} is in use by `make grade`; try again after it") from None
+        return _renew(course, sources)
+
+
+def _renew(course: Path, sources: dict[str, NotebookNode]) -> list[str]:
+    """Make the assignments with a copy of the gradebook, then put all in place."""
+    gradebook, notes = course / "gradebook.db", []
     with tempfile.TemporaryDirectory(dir=course, prefix=".made-") as folder:
         made = Path(folder)
-        if (course / "gradebook.db").exists():
-            shutil.copy2(course / "gradebook.db", made)
+        if gradebook.exists():
+            with Gradebook(f"sqlite:///{gradebook}", "siglip") as graded:
+                notes = [_changed(graded, name, source) for name, source in sources.items()]
+            shutil.copy2(gradebook, made)
         _generate(made, sources)
         for name in sources:
             _put(made / "source" / name, course / "source" / name)
             _put(made / "release" / name, course / "release" / name)
-        for file in ("nbgrader_config.py", "gradebook.db"):
+        for file in ("nbgrader_config.py", gradebook.name):
             (made / file).replace(course / file)
     return [note for note in notes if note]
 
@@ -241,8 +253,8 @@ def _generate(course: Path, sources: dict[str, NotebookNode]) -> None:
         nbformat.write(source, target)
         done = nbgrader.generate_assignment(name, force=True)
         if not done["success"]:
-            said = (done.get("error") or done["log"]).strip().splitlines()
-            raise RuntimeError(f"{name}.ipynb: nbgrader refuses it: {said[-1]}")
+            said = _ERROR.findall(done["log"]) or done["log"].strip().splitlines()[-1:]
+            raise RuntimeError(f"{name}.ipynb: nbgrader refuses it: {''.join(said[:1])}")
 
 
 def _put(new: Path, place: Path) -> None:
