@@ -3,6 +3,7 @@ SHELL := /bin/bash
 VENV  := .venv
 BIN   := $(VENV)/bin
 PORT  ?= 8888
+FOLDER := notebooks
 NPM   := tools/site/node_modules/.package-lock.json
 SHARE := -n auto --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.cfg --nbval-cell-timeout=300
@@ -11,7 +12,7 @@ NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.
 	class grade test-class site test-site clean
 
 lab: $(VENV)/ready
-	@exec .ci/lab $(BIN) $(PORT)
+	@exec .ci/lab $(BIN) $(PORT) "$(FOLDER)"
 
 test: lint  ## unit tests and notebooks in one run, so that no core waits between them
 	$(BIN)/pytest $(SHARE) $(NBVAL) --each-twice --durations=10 notebooks tests

@@ -16,6 +16,8 @@ import nbformat
 import pytest
 from serving import listens
 
+from siglip_lib.classroom.predictions import OUTCOMES
+
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 pytest.importorskip("jupyterlab", reason="needs jupyterlab")
 pytest.importorskip("anywidget", reason="needs anywidget")
@@ -53,6 +55,14 @@ from siglip_lib.classroom import predict
 predict("04.1", "a")
 """,
     """
+from siglip_lib.classroom.exercises import require_exercise
+
+require_exercise("03.1", None)
+""",
+    """
+"noted"
+""",
+    """
 print("measured")
 """,
 )
@@ -86,7 +96,10 @@ def lab(tmp_path_factory) -> Iterator[str]:
     """The address of a JupyterLab with a notebook, whose settings and state are its own."""
     folder = tmp_path_factory.mktemp("lab")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in CELLS])
-    notebook.cells[-1].metadata.jupyter = {"outputs_hidden": True}
+    asks, test, _, measures = notebook.cells[-4:]
+    asks.id, measures.id = "predict-04-1", OUTCOMES["04.1"].measured_by
+    test.metadata.tags = ["raises-exception"]  # as in the copies of a class
+    measures.metadata.jupyter = {"outputs_hidden": True}
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
     (folder / "files").mkdir()
     nbformat.write(notebook, folder / "files" / "tiny.ipynb")
@@ -261,9 +274,21 @@ def test_a_prediction_is_answered_below_what_was_measured(page):
         open.content.activeCellIndex = open.content.widgets.length - 1;
         jupyterapp.commands.execute('notebook:run-cell');
     """
-    wait_for("the answer", lambda: page.execute_script(last) == [5, False, answer])
+    wait_for("the answer", lambda: page.execute_script(last) == [7, False, answer])
     page.execute_script(run)
-    wait_for("the answer again", lambda: page.execute_script(last) == [6, False, answer])
+    wait_for("the answer again", lambda: page.execute_script(last) == [8, False, answer])
+
+
+def test_the_test_cell_of_a_class_says_why_and_run_all_goes_on(page):
+    """Neither it nor a cell of the reader's own, both below a prediction, is taken for the one that measures."""
+    above = """
+        const [open] = window.jupyterapp.shell.widgets("main");
+        return open.content.widgets.slice(-3).map(cell => cell.outputArea.node.innerText.trim());
+    """
+    wait_for("the last cell", lambda: "measured" in page.execute_script(above)[-1])
+    test, noted, _ = page.execute_script(above)
+    assert test.endswith("WrongAnswer: exercise 03.1: not answered yet")
+    assert noted.endswith("'noted'")
 
 
 def test_nothing_comes_from_elsewhere(page):

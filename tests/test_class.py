@@ -1,7 +1,10 @@
 """A class from the first command to the last, with the real nbgrader: handed out, handed in, graded, told why."""
 
 import csv
+import fcntl
+import hashlib
 import html
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +15,8 @@ import pytest
 from notebook_files import PATHS, ROOT, exercises, read
 
 pytest.importorskip("nbgrader", reason="needs nbgrader: make test-class installs it")
+from make_class import class_source, find_programs, make_class
+from nbgrader.api import Gradebook
 from nbgrader.nbgraderformat import MetadataValidator
 from wrong_answers import nb03, nb05
 
@@ -147,6 +152,7 @@ def test_what_students_get_is_the_notebook_without_solutions_and_outputs(course,
     release, original = released(course, path.stem), read(path)
     nbformat.validate(release)
     assert not [cell.id for cell in release.cells if cell.get("outputs")]
+    assert f"copy of `notebooks/{path.name}` holds no stored outputs" in release.cells[0].source
     text = "\n".join(cell.source for cell in release.cells)
     assert "<details>" not in text
     assert "SOLUTION" not in text
@@ -186,11 +192,160 @@ def gone(course: Path, path: Path) -> list[nbformat.NotebookNode]:
 def test_a_test_cell_is_locked_and_raises_the_reason(course):
     test = marked(released(course, "03_attention"), "grade")["03.1"]
     assert test.metadata.nbgrader.locked
+    assert test.metadata.tags == ["raises-exception"]
     assert not test.metadata.editable
     with pytest.raises(Exception, match=r"^exercise 03\.1: wrong: .*random draws give"):
         exec(test.source, {"score_std": lambda *sizes: 1.0})
     with pytest.raises(Exception, match=r"^exercise 03\.1: not answered yet$"):
         exec(test.source, {"score_std": lambda *sizes: None})
+
+
+def test_nbgraders_validation_tells_a_student_the_reason(course, tmp_path):
+    notebook = released(course, "03_attention")
+    notebook.cells = [
+        nbformat.v4.new_code_cell("score_std = None"),
+        marked(notebook, "grade")["03.1"],
+    ]
+    nbformat.write(notebook, tmp_path / "answered.ipynb")
+    command = [sys.executable, "-m", "nbgrader", "validate", "answered.ipynb"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert "exercise 03.1: not answered yet" in done.stdout
+
+
+def edited(notebook: nbformat.NotebookNode, old: str, new: str) -> nbformat.NotebookNode:
+    """A notebook after a teacher's change of its text or its code."""
+    (cell,) = (cell for cell in notebook.cells if old in cell.source)
+    cell.source = cell.source.replace(old, new)
+    return notebook
+
+
+ATTENTION = next(path for path in PATHS if path.stem == "03_attention")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("**1 (5 minutes", "**1 (5 min", "exercise 03.1: no minutes; expected a line above"),
+        ("check_exercise(\"03.2\", keys", "grade(\"03.2\", keys", "exercise 2: it has minutes, and no"),
+        ("check_exercise(\"03.2\"", "check_exercise(\"03.1\"", "exercise 03.1: two cells have this"),
+        ("```python\n" + exercises(read(ATTENTION))[2].solution, "", "exercise 03.3: 0 solutions"),
+    ],
+)  # fmt: skip
+def test_a_change_that_makes_no_exercise_is_named_before_anything_is_written(
+    tmp_path, old, new, said
+):
+    path = tmp_path / ATTENTION.name
+    nbformat.write(edited(read(ATTENTION), old, new), path)
+    with pytest.raises(ValueError, match=re.escape(f"{path.name}: {said}")):
+        make_class(tmp_path / "class", [path])
+    assert not (tmp_path / "class").exists()
+
+
+def test_a_deleted_solution_and_a_hint_above_one(tmp_path):
+    notebook = read(ATTENTION)
+    place = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("<details>"))
+    solution = notebook.cells[place]
+    notebook.cells.insert(place, nbformat.v4.new_markdown_cell("A hint: draw it."))
+    source = class_source(notebook)
+    code = exercises(read(ATTENTION))[0].solution
+    assert code in marked(source, "solution")["03.1"].source
+    assert "A hint: draw it." in [cell.source for cell in source.cells]
+    notebook.cells.remove(solution)
+    with pytest.raises(ValueError, match=r"^exercise 03\.1: 0 solutions; expected <details>"):
+        class_source(notebook)
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch) -> Path:
+    """A course of one notebook that a student handed in and that was graded."""
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    find_programs()
+    make_class(tmp_path / "class", [ATTENTION])
+    with Gradebook(f"sqlite:///{tmp_path / 'class/gradebook.db'}", "siglip") as gradebook:
+        gradebook.add_student("anna")
+        gradebook.add_submission(ATTENTION.stem, "anna")
+    return tmp_path / "class"
+
+
+def digests(course: Path) -> dict[str, str]:
+    files = (path for path in course.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(course)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def without_the_third_exercise(path: Path) -> None:
+    notebook = read(ATTENTION)
+    (place,) = (i for i, c in enumerate(notebook.cells) if 'check_exercise("03.3"' in c.source)
+    edited(notebook, "**3 (20 minutes", "**3 (later")
+    del notebook.cells[place : place + 2]
+    nbformat.write(notebook, path)
+
+
+def test_other_exercises_than_what_is_graded_are_refused_and_nothing_changes(begun, tmp_path):
+    path, before = tmp_path / ATTENTION.name, digests(begun)
+    without_the_third_exercise(path)
+    said = (
+        r"^03_attention\.ipynb: exercise 03\.3 was added or removed, and 1 submission is graded\."
+    )
+    with pytest.raises(ValueError, match=said) as raised:
+        make_class(begun, [path])
+    assert digests(begun) == before
+    command = re.search("nbgrader (db assignment remove .*)$", str(raised.value))[1]
+    subprocess.run(
+        [sys.executable, "-m", "nbgrader", *command.split()],
+        cwd=begun,
+        check=True,
+        capture_output=True,
+    )
+    assert make_class(begun, [path]) == []
+    assert [*marked(released(begun, path.stem), "grade")] == ["03.1", "03.2"]
+
+
+def test_other_points_than_what_is_graded_are_told(begun, tmp_path):
+    path = tmp_path / ATTENTION.name
+    nbformat.write(edited(read(ATTENTION), "**1 (5 minutes", "**1 (8 minutes"), path)
+    (note,) = make_class(begun, [path])
+    assert "03_attention: points changed, 03.1 from 5 to 8" in note
+    assert make_class(begun, [path]) == []
+    with Gradebook(f"sqlite:///{begun / 'gradebook.db'}", "siglip") as gradebook:
+        assert [one.student.id for one in gradebook.assignment_submissions(path.stem)] == ["anna"]
+
+
+def test_what_nbgrader_refuses_changes_nothing(begun, tmp_path):
+    path, before = tmp_path / ATTENTION.name, digests(begun)
+    text = edited(read(ATTENTION), exercises(read(ATTENTION))[0].solution, "### BEGIN SOLUTION\n")
+    nbformat.write(text, path)
+    with pytest.raises(
+        RuntimeError, match=r"^03_attention\.ipynb: nbgrader refuses it: RuntimeError: .*nested"
+    ):
+        make_class(begun, [path])
+    assert digests(begun) == before
+
+
+def test_a_class_is_not_made_while_it_is_graded(begun):
+    before = digests(begun)
+    with (begun / "grading.lock").open("w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="is in use by `make grade`"):
+            make_class(begun, [ATTENTION])
+    assert digests(begun) == before
+
+
+def test_an_error_is_one_line(tmp_path):
+    path = tmp_path / ATTENTION.name
+    nbformat.write(edited(read(ATTENTION), "**1 (5 minutes", "**1 (5 min"), path)
+    command = [
+        sys.executable,
+        str(ROOT / "tools/make_class.py"),
+        "--course",
+        str(tmp_path / "class"),
+    ]
+    done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("make_class: 03_attention.ipynb: exercise 03.1: no minutes")
 
 
 def test_every_student_and_notebook_is_in_the_table(graded):

@@ -32,7 +32,7 @@ c.ServerApp.identity_provider_class = "jupyter_server.auth.identity.IdentityProv
 
 
 @contextmanager
-def lab(port: int, folder: Path, settings: str):
+def lab(port: int, folder: Path, settings: str, *served: Path):
     """The process that serves, with a user's settings, and its output."""
     (folder / "config").mkdir()
     (folder / "config/jupyter_server_config.py").write_text(settings, encoding="utf-8")
@@ -41,7 +41,7 @@ def lab(port: int, folder: Path, settings: str):
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     output = folder / "output"
     process = subprocess.Popen(
-        [*LAB, str(port)],
+        [*LAB, str(port), *map(str, served)],
         cwd=ROOT,
         env=environment | names,
         stdout=output.open("wb"),
@@ -92,6 +92,25 @@ def test_settings_of_the_user_open_nothing(settings, tmp_path):
         assert token.encode() not in command.stdout
         listening = Path("/proc/net/tcp").read_text(encoding="ascii")
         assert re.findall(rf" (\w+):{port:04X} 00000000:0000 0A", listening) == ["0100007F"]
+
+
+def test_another_folder(tmp_path):
+    """As in ``make lab FOLDER=...``, for the copies of a class."""
+    served = tmp_path / "my release"
+    served.mkdir()
+    (served / "copy.ipynb").touch()
+    with lab(free_port(), tmp_path, OPEN, served) as (_, output):
+        port, token = address(output)
+        contents = f"http://127.0.0.1:{port}/api/contents"
+        assert status(f"{contents}/copy.ipynb?content=0&token={token}") == 200
+        assert status(f"{contents}/03_attention.ipynb?content=0&token={token}") == 404
+
+
+def test_a_folder_that_is_none(tmp_path):
+    command = [*LAB, str(free_port()), str(tmp_path / "none")]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"lab: FOLDER={tmp_path / 'none'} is no folder\n"
 
 
 @pytest.mark.parametrize("port", ["70000", "65536", "0", "-1", "", "88 88", "8888x", "0x10"])

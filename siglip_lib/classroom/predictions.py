@@ -1,8 +1,8 @@
 """The readers' predictions: what they chose, whether it came true, and how many did. Nothing leaves the kernel.
 
-A notebook asks, and a cell of its own records the answer: ``predict("04.3", "b")``. The cell that runs next is the one
-that measures, and below its output stands what came true. It is remembered as that prediction's cell, so running it
-again says it again; after an error it says nothing until it runs to its end.
+A notebook asks, and a cell of its own records the answer: ``predict("04.3", "b")``. The cell below it measures, and
+below its output stands what came true. JupyterLab says which cell it runs; where a front end does not, the measuring
+cell is the one that runs next. Running it again says it again; after an error it says nothing until it runs to its end.
 """
 
 import sys
@@ -31,24 +31,65 @@ _CAME_TRUE = {
     "13": "c a b b c* c* b* b* c* b b c*",
     "14": "b b b b b c c* b b a",
 }
-_OFFERED = {"05.7": "abcdef", "10.5": "abcde"}  # all others offer a, b and c
+# The ids of the cells that measure them.
+_MEASURED_BY = {
+    "00": "cell-06 cell-22 cell-31 cell-36",
+    "01": "cell-13 cell-16 cell-25 cell-32 cell-42",
+    "02": "cell-03 cell-15 cell-25 cell-40 cell-58 cell-73 01c1e0ef",
+    "03": "cell-03 cell-15 cell-26 cell-42 cell-46",
+    "04": "cell-06 cell-11 cell-54 cell-58 cell-65",
+    "05": "cell-12 cell-19 cell-27 cell-35 cell-50 76e91402 b68e442c",
+    "06": "cell-22 cell-32 cell-40 cell-53 cell-62 cell-64 31f76dbe",
+    "07": "cell-12 cell-22 cell-27 cell-47 cell-73 cell-76 2a12ee95",
+    "08": "cell-12 cell-28 cell-36 cell-50 cell-58 e2d32177",
+    "09": (
+        "64215fec e3e827a3 737caf0a 2d18ee24 0aef5f12 faf44489 3d4a2b59 531a81f7 "
+        "ad3364c4 7b4e9fa2 bf82d3e6 d66378bb"
+    ),
+    "10": (
+        "0456563e a3fc9c63 fe08a526 c053f4ff c09a1b2d de0ca7ed 6a46cc0a 0290345c "
+        "f309dbac 8f4ae891 f0553dbb e8476f80 75e9f484 30edcf03"
+    ),
+    "11": (
+        "c11-012 c11-019 c11-023 e5f4a6b7 a7b6c8d9 c11-029 c11-031 c11-044 c11-048 "
+        "c11-057 c11-060 b52e3f40 f9627384 82fb0c1e"
+    ),
+    "12": (
+        "c12-006 c12-013 c12-019 5a0c1e77 5a0c1e7d c12-034 c12-046 c12-049 5a0c1e87 "
+        "c12-057 c12-062 c12-064 c12-076"
+    ),
+    "13": (
+        "cell-03 cell-09 cell-11 cell-18 cell-30 cell-34 cell-41 cell-44 9cd96323 "
+        "cell-63 cell-69 cell-83"
+    ),
+    "14": "nb14-5 nb14-10 nb14-13 nb14-17 91d7c3b0 nb14-29 c7d20a3e 0c93d4b8 f8e01b52 nb14-47",
+}
+_OFFERED = {"05.7": "abc def", "10.5": "abcde"}  # all others offer a, b and c
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a prediction offers, and what came true."""
 
-    offered: str  # letters, as in "abc"
+    offered: str  # letters, as in "abc"; "abc def" if one of each is to be chosen
     came_true: str  # one of them, or several where several can come true
     by_stored_figures: bool  # of the GPU that the notebooks' outputs come from: another machine may find something else
+    measured_by: str  # the id of the cell below the one that asks
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether several letters of the same question can come true."""
+        return len(self.came_true) > len(self.offered.split())
 
 
 OUTCOMES = {
     (number := f"{notebook}.{place}"): Outcome(
-        _OFFERED.get(number, "abc"), letters.rstrip("*"), letters.endswith("*")
+        _OFFERED.get(number, "abc"), letters.rstrip("*"), letters.endswith("*"), cell_id
     )
     for notebook, row in _CAME_TRUE.items()
-    for place, letters in enumerate(row.split(), start=1)
+    for place, (letters, cell_id) in enumerate(
+        zip(row.split(), _MEASURED_BY[notebook].split(), strict=True), start=1
+    )
 }
 
 
@@ -58,7 +99,7 @@ class _Record:
 
     choices: dict[str, str] = field(default_factory=dict)
     measured: set[str] = field(default_factory=set)  # those that were told whether they came true
-    waiting: str | None = None  # the prediction that the next cell measures
+    waiting: str | None = None  # the prediction that the next cell measures, unless its id is known
     cells: dict[str, str] = field(default_factory=dict)  # which prediction a cell measures
     own_cell: bool = False  # the cell that runs predicts or counts, and measures nothing
 
@@ -67,14 +108,16 @@ _record = _Record()
 
 
 def predict(number: str, choice: object) -> None:
-    """Record a prediction, and say below the cell that runs next whether it came true.
+    """Record a prediction, and say below the cell that measures whether it came true.
 
     An ellipsis is no answer: nothing is printed, and an earlier choice is taken back. Another choice replaces an
-    earlier one. Outside IPython, where there are no cells, it is said at once.
+    earlier one. Where the front end does not say which cell it runs, the next one measures, and a prediction that
+    still waits for it is reported as passed over. Outside IPython, where there are no cells, it is said at once.
 
     Args:
         number: notebook and place, "04.3".
-        choice: a letter that the text offers, "b"; where several can come true, a string of all of them, "bd".
+        choice: a letter that the text offers, "b"; where several can come true, a string of all of them, "bd". Capitals
+            count as well.
 
     Raises:
         ValueError: there is no such prediction, or it does not offer that choice.
@@ -86,12 +129,14 @@ def predict(number: str, choice: object) -> None:
         return
     _check_choice(number, choice, outcome)
     _forget(number)
-    _record.choices[number] = "".join(sorted(choice))
+    _record.choices[number] = "".join(sorted(choice.lower()))
     ipython = sys.modules.get("IPython")  # there wherever a cell runs
     shell = ipython and ipython.get_ipython()
     if shell is None:
         _tell(number)
     else:
+        if passed_over := _record.waiting:
+            print(f"prediction {passed_over} was not measured: predict again just before its cell")
         _record.waiting = number
         shell.events.register("post_run_cell", _after_cell)  # once, however often it is called
 
@@ -121,13 +166,19 @@ def _outcome(number: str) -> Outcome:
 
 
 def _check_choice(number: str, choice: object, outcome: Outcome) -> None:
-    """Refuse what is not offered, and several letters where one alone can come true."""
-    several = len(outcome.came_true) > 1
-    is_offered = isinstance(choice, str) and choice and set(choice) <= set(outcome.offered)
-    if not is_offered or len(choice) > (len(set(choice)) if several else 1):
-        how_many = "one or several" if several else "one"
-        letters = ", ".join(f'"{letter}"' for letter in outcome.offered)
-        raise ValueError(f"choice={choice!r}; prediction {number} takes {how_many} of {letters}")
+    """Refuse what is not offered, and more or fewer letters than the question takes."""
+    questions = outcome.offered.split()
+    letters = choice.lower() if isinstance(choice, str) else ""
+    chosen = [len(set(letters) & set(question)) for question in questions]
+    most = len(outcome.offered) if outcome.takes_several else 1
+    if sum(chosen) != len(letters) or not all(1 <= count <= most for count in chosen):
+        how_many = "one or several" if outcome.takes_several else "one"
+        takes = " and ".join(f"{how_many} of {_quoted(question)}" for question in questions)
+        raise ValueError(f"choice={choice!r}; prediction {number} takes {takes}")
+
+
+def _quoted(letters: str) -> str:
+    return ", ".join(f'"{letter}"' for letter in letters)
 
 
 def _forget(number: str) -> None:
@@ -140,13 +191,16 @@ def _forget(number: str) -> None:
 
 def _after_cell(result: "ExecutionResult") -> None:
     """IPython calls this after each cell: say what came true if the cell was a measuring one."""
+    info = result.info
+    cell = getattr(info, "cell_id", None) or info.raw_cell  # some front ends send no id
     if _record.own_cell:
         _record.own_cell = False
+        if _record.waiting and cell == f"predict-{_record.waiting.replace('.', '-')}":
+            _record.cells[OUTCOMES[_record.waiting].measured_by] = _record.waiting
+            _record.waiting = None
         return
-    info = result.info
     if not info.store_history:  # run by a tool, not by the reader
         return
-    cell = getattr(info, "cell_id", None) or info.raw_cell  # some front ends send no id
     if _record.waiting:
         _record.cells[cell], _record.waiting = _record.waiting, None
     number = _record.cells.get(cell)
