@@ -4,7 +4,8 @@
 
 Writes, in build/class, grades.csv of all students and notebooks, feedback/ with the reason for each point that is
 missing, and flagged.csv of submissions that nbgrader could not read: they count 0. Submissions that are graded, and
-have not changed since, are left alone.
+have not changed since, are left alone: graded/ holds a digest of each, so a run that was stopped can be started again.
+To have them graded anew, delete it.
 
 Each submission has a process of its own, with a limit of time and one of memory, in which nbgrader reads it; each
 answer has another (see ``siglip_lib.classroom.grading``, also for what it does not protect against).
@@ -12,6 +13,8 @@ answer has another (see ``siglip_lib.classroom.grading``, also for what it does 
 
 import argparse
 import csv
+import fcntl
+import hashlib
 import os
 import re
 import resource
@@ -26,6 +29,7 @@ from make_class import COURSE, find_programs
 from nbgrader.api import Gradebook, MissingEntry
 
 from siglip_lib.classroom.grading import Limits, landlock
+from siglip_lib.classroom.grading.limits import end_with_parent
 
 _MEMORY = 12 * 2**30  # bytes of addresses for nbgrader, and for each process that it starts
 _REMOTE = re.compile(r'<script src="https?:[^>]*>\s*</script>')
@@ -36,13 +40,19 @@ _LEAST = 300  # seconds for nbgrader itself, on a busy machine
 def grade_class(course: Path, limits: Limits) -> list[tuple[str, str, str]]:
     """Grade what is new, write feedback and CSV, and return the flagged: student, notebook, reason."""
     flagged = []
-    handed_in = sorted(path for path in course.glob("submitted/*/*") if path.is_dir())
+    # Jupyter and unzip leave hidden folders behind
+    handed_in = sorted(path for path in course.glob("submitted/[!.]*/[!.]*") if path.is_dir())
     for folder in handed_in:
         student, notebook = folder.parts[-2:]
-        if _is_graded(course, folder):
+        digest, seal = _digest(folder), course / "graded" / student / notebook
+        if digest and seal.exists() and seal.read_text("ascii") == digest:
             continue
+        seal.unlink(missing_ok=True)
         if problem := _grade(course, folder, limits):
             flagged.append((student, notebook, problem))
+        else:
+            seal.parent.mkdir(parents=True, exist_ok=True)
+            seal.write_text(digest, encoding="ascii")
         print(f"{student} {notebook}: {problem or _points(course, student, notebook)}", flush=True)
     for notebook in sorted({path.name for path in _without_feedback(course)}):
         if problem := _nbgrader(course, 4 * _LEAST, "generate_feedback", notebook):
@@ -61,18 +71,14 @@ def _without_feedback(course: Path) -> list[Path]:
     return [
         graded
         for graded in course.glob("autograded/*/*")
-        if not (course / "feedback" / Path(*graded.parts[-2:])).exists()
+        if not any((course / "feedback" / Path(*graded.parts[-2:])).glob("*.html"))
     ]
 
 
-def _is_graded(course: Path, folder: Path) -> bool:
-    graded = _notebook(course / "autograded" / Path(*folder.parts[-2:]))
-    handed_in = _notebook(folder)
-    return (
-        graded.exists()
-        and handed_in.exists()
-        and graded.stat().st_mtime > handed_in.stat().st_mtime
-    )
+def _digest(folder: Path) -> str:
+    """Tell what was handed in by its contents: a copy may keep the time of what it was copied from."""
+    notebook = _notebook(folder)
+    return hashlib.sha256(notebook.read_bytes()).hexdigest() if notebook.is_file() else ""
 
 
 def _grade(course: Path, folder: Path, limits: Limits) -> str:
@@ -80,9 +86,12 @@ def _grade(course: Path, folder: Path, limits: Limits) -> str:
     student, notebook = folder.parts[-2:]
     with _gradebook(course) as gradebook:
         gradebook.update_or_create_student(student)
-    shutil.rmtree(course / "feedback" / student / notebook, ignore_errors=True)  # on what was there
+    for made in "autograded", "feedback":  # of what was there
+        shutil.rmtree(course / made / student / notebook, ignore_errors=True)
     if not (course / "release" / notebook).is_dir():
         problem = "no notebook of this class has the folder's name"
+    elif folder.is_symlink() or any(path.is_symlink() for path in folder.rglob("*")):
+        problem = "it is or holds a symbolic link, which could lead to others' answers"
     elif not _notebook(folder).is_file():
         problem = f"the folder holds no {notebook}.ipynb"
     else:
@@ -116,7 +125,7 @@ def _nbgrader(course: Path, seconds: float, *arguments: str) -> str:
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY)),
+        preexec_fn=_limit,
     )
     try:
         said = process.communicate(timeout=seconds)[0]
@@ -128,6 +137,11 @@ def _nbgrader(course: Path, seconds: float, *arguments: str) -> str:
         return ""
     lines = _ERROR.findall(said) or said.splitlines()[-1:]
     return lines[0][:300] if lines else f"nbgrader ended with {process.returncode}"
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    end_with_parent()
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -170,7 +184,12 @@ def main() -> None:
             "this kernel offers no Landlock: answers can read and write what you can",
             file=sys.stderr,
         )
-    flagged = grade_class(course, Limits(options.seconds, options.gib))
+    with (course / "grading.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            parser.error(f"{course} is being graded already")
+        flagged = grade_class(course, Limits(options.seconds, options.gib))
     print(f"grades: {course / 'grades.csv'}; feedback: {course / 'feedback'}")
     if flagged:
         print(f"{len(flagged)} without a grade, see {course / 'flagged.csv'}")
