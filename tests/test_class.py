@@ -1,10 +1,13 @@
 """A class from the first command to the last, with the real nbgrader: handed out, handed in, graded, told why."""
 
 import csv
+import fcntl
 import html
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -221,6 +224,11 @@ def test_feedback_loads_nothing_from_elsewhere(graded):
         assert not re.findall(
             r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?https?:[^>]*", text
         )
+        # whatever a student's own text asks for
+        assert (
+            '<head><meta http-equiv="Content-Security-Policy" content="default-src \'none\';'
+            in text
+        )
 
 
 def test_what_nbgrader_cannot_read_is_flagged_and_counts_nothing(course, graded):
@@ -228,12 +236,21 @@ def test_what_nbgrader_cannot_read_is_flagged_and_counts_nothing(course, graded)
     before = target.read_text(encoding="utf-8")
     target.write_text(before[: len(before) // 2], encoding="utf-8")
     (graded / "submitted/yan/03_attention").mkdir(parents=True)
+    (graded / "submitted/yan/.ipynb_checkpoints").mkdir()
+    linked = graded / "submitted/eve/03_attention"
+    linked.mkdir(parents=True)
+    (linked / "03_attention.ipynb").symlink_to(graded / "source/03_attention/03_attention.ipynb")
     said = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
-    assert "2 without a grade" in said
+    assert "3 without a grade" in said
     flags = {
         (row["student_id"], row["notebook"]): row["reason"] for row in rows(graded / "flagged.csv")
     }
-    assert flags.keys() == {("yan", "03_attention"), ("zoe", "05_layer_scale")}
+    assert flags.keys() == {
+        ("eve", "03_attention"),
+        ("yan", "03_attention"),
+        ("zoe", "05_layer_scale"),
+    }
+    assert "a symbolic link" in flags["eve", "03_attention"]
     assert "holds no 03_attention.ipynb" in flags["yan", "03_attention"]
     assert "JSON" in flags["zoe", "05_layer_scale"]
     found = {
@@ -241,3 +258,56 @@ def test_what_nbgrader_cannot_read_is_flagged_and_counts_nothing(course, graded)
     }
     assert found["zoe", "05_layer_scale"] == found["yan", "03_attention"] == 0
     assert found["zoe", "03_attention"] == 40
+
+
+def test_a_run_that_was_killed_can_be_started_again(course, graded):
+    """nbgrader writes its copy of a notebook before it grades that."""
+    hand_in(course, "kim", "05_layer_scale", SOLUTIONS)
+    tool = ROOT / "tools/grade_class.py"
+    run = subprocess.Popen([sys.executable, tool, "--course", graded], stdout=subprocess.DEVNULL)
+    copy = graded / "autograded/kim/05_layer_scale/05_layer_scale.ipynb"
+    end = time.monotonic() + 120
+    while not copy.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert copy.exists()
+    assert run.poll() is None
+    run.kill()
+    run.wait()
+    end = time.monotonic() + 10
+    while (alive := nbgraders(graded)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive
+    said = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
+    assert "kim 05_layer_scale: 30 of 30 points" in said
+
+
+def nbgraders(course: Path) -> list[Path]:
+    """What of nbgrader still runs there."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"nbgrader" in (process / "cmdline").read_bytes():
+                found += [process] if (process / "cwd").readlink() == course else []
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def test_what_is_handed_in_again_is_graded_again_though_its_time_is_older(course, graded):
+    target = graded / "submitted/bob/05_layer_scale/05_layer_scale.ipynb"
+    target.unlink()
+    target.parent.rmdir()
+    hand_in(course, "bob", "05_layer_scale", SOLUTIONS)
+    os.utime(target, (0, 0))
+    said = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
+    assert "bob 05_layer_scale: 30 of 30 points" in said
+    assert "zoe 03_attention" not in said
+
+
+def test_two_runs_at_once_are_refused(graded):
+    command = [sys.executable, ROOT / "tools/grade_class.py", "--course", graded]
+    with (graded / "grading.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2
+    assert "is being graded already" in done.stderr

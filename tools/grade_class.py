@@ -33,6 +33,10 @@ from siglip_lib.classroom.grading.limits import end_with_parent
 
 _MEMORY = 12 * 2**30  # bytes of addresses for nbgrader, and for each process that it starts
 _REMOTE = re.compile(r'<script src="https?:[^>]*>\s*</script>')
+_POLICY = (
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+    "style-src 'unsafe-inline'; img-src data:; font-src data:; form-action 'none'\">"
+)
 _ERROR = re.compile(r"^ *([\w.]*(?:Error|Exception)\b: .*)$", re.MULTILINE)  # of a traceback
 _LEAST = 300  # seconds for nbgrader itself, on a busy machine
 
@@ -108,9 +112,14 @@ def _grade(course: Path, folder: Path, limits: Limits) -> str:
 
 
 def _load_nothing(page: Path) -> None:
-    """Take the script for formulas away, which a browser would fetch from another site; they stay as TeX."""
+    """Forbid a page to fetch anything, and to run what a student's text holds.
+
+    Of nbconvert's own scripts that one goes which would fetch another for formulas; they stay as TeX.
+    """
     text = page.read_text(encoding="utf-8")
-    if (kept := _REMOTE.sub("", text)) != text:
+    above, head, below = text.partition("<head>")
+    if not below.startswith(_POLICY):
+        kept = above + head + _POLICY + _REMOTE.sub("", below)
         page.write_text(kept, encoding="utf-8")
 
 
