@@ -60,6 +60,12 @@ def test_stored_outputs_hold_no_errors_and_nothing_private(path, notebook):
 
 
 @notebooks
+def test_no_text_waits_for_a_figure(path, notebook):
+    waiting = [cell.id for cell in notebook.cells if "@@" in cell.source]
+    assert waiting == []
+
+
+@notebooks
 def test_stored_outputs_come_from_the_gpu_they_name(path, notebook):
     named = {gpu for output in outputs(notebook) for gpu in GPU.findall(output.get("text", ""))}
     assert named == {gpu_of(notebook)}  # one kind in all cells
