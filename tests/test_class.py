@@ -302,6 +302,19 @@ def test_what_is_handed_in_again_is_graded_again_though_its_time_is_older(course
     assert "zoe 03_attention" not in said
 
 
+@pytest.mark.parametrize("name", ["a*", "=1+1", "-x", "a\nb"])
+def test_a_folder_that_nbgrader_or_a_spreadsheet_would_misread_is_refused(graded, name):
+    folder = graded / "submitted" / name
+    folder.mkdir()
+    command = [sys.executable, ROOT / "tools/grade_class.py", "--course", graded]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    folder.rmdir()
+    assert done.returncode == 2
+    assert (
+        f"rename these folders in submitted/, without special characters: [{name!r}]" in done.stderr
+    )
+
+
 def test_two_runs_at_once_are_refused(graded):
     command = [sys.executable, ROOT / "tools/grade_class.py", "--course", graded]
     with (graded / "grading.lock").open("w") as lock:

@@ -37,6 +37,9 @@ _POLICY = (
     '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
     "style-src 'unsafe-inline'; img-src data:; font-src data:; form-action 'none'\">"
 )
+_STUDENT = re.compile(
+    r"\w[\w .,@+'()-]*"
+)  # what nbgrader takes for no pattern, and a spreadsheet for no formula
 _ERROR = re.compile(r"^ *([\w.]*(?:Error|Exception)\b: .*)$", re.MULTILINE)  # of a traceback
 _LEAST = 300  # seconds for nbgrader itself, on a busy machine
 
@@ -188,6 +191,9 @@ def main() -> None:
     find_programs()
     if not (course / "gradebook.db").exists():
         parser.error(f"{course} holds no class; `make class` makes one")
+    students = [path.name for path in course.glob("submitted/[!.]*")]
+    if odd := [name for name in sorted(students) if not _STUDENT.fullmatch(name)]:
+        parser.error(f"rename these folders in submitted/, without special characters: {odd}")
     if not landlock.version():
         print(
             "this kernel offers no Landlock: answers can read and write what you can",
