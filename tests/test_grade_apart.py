@@ -116,8 +116,8 @@ PEACEFUL = {
     ),
     "a value that grows": "power = .25\npower += .25\ndef drop_path_std(p):\n    return (p / (1 - p)) ** power",
     "global": (
-        "power = 0\ndef count():\n    global power\n    power += .5\n"
-        "def drop_path_std(p):\n    global power\n    power = 0\n    count()\n    return (p / (1 - p)) ** power"
+        "calls = 0\ndef count():\n    global calls\n    calls += 1\n"
+        "def drop_path_std(p):\n    count()\n    return (p / (1 - p)) ** .5 if calls else None"
     ),
     "set right below": "power = 1\ndef drop_path_std(p):\n    return (p / (1 - p)) ** power\npower = .5",
     "annotated with what is not there": (

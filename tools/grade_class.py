@@ -42,6 +42,8 @@ from siglip_lib.classroom.grading import Limits, landlock
 from siglip_lib.classroom.grading.limits import end_with_parent
 
 _MEMORY = 12 * 2**30  # bytes of addresses for nbgrader, and for each process that it starts
+# what nbgrader takes for no pattern, and a spreadsheet for no formula
+_STUDENT = re.compile(r"\w[\w .,@+'()-]*")
 _LEAST = 300  # seconds for nbgrader itself, on a busy machine
 _ERROR = re.compile(r"^ *([\w.]*(?:Error|Exception)\b(?:: .*)?)$", re.MULTILINE)  # of a traceback
 _NO_NOTEBOOK = {  # what such an error says of a file
@@ -107,8 +109,8 @@ def grade_class(course: Path, limits: Limits) -> list[tuple[str, str, str]]:
 
 def _tell(course: Path, folder: Path, place: str) -> None:
     """Say what is graded now: it may take minutes."""
-    before, digest = _record(course, folder), _digest(_notebook(folder))
-    again = before.graded and before.submission == digest
+    before = _record(course, folder)
+    again = before.submission == _digest(course, folder) and before.graded
     why = " (its exercises have changed since)" if again else ""
     print(f"{place}: {' '.join(folder.parts[-2:])}{why} ... ", end="", flush=True)
 
@@ -141,7 +143,7 @@ def _grades(course: Path, handed_in: list[Path], flagged: list[tuple[str, str, s
                 figures = ("", gradebook.find_assignment(notebook).max_score, "", "")
                 found = gradebook.find_submission(notebook, student)
                 penalty = found.late_submission_penalty
-                score = max(0, found.score - penalty)
+                score = max(0.0, found.score - penalty)
                 status, figures = "graded", (score, found.max_score, penalty, found.timestamp)
             if problem := problems.get((student, notebook)):
                 kept = " (the grade is of what was handed in before)" if status == "graded" else ""
@@ -151,10 +153,15 @@ def _grades(course: Path, handed_in: list[Path], flagged: list[tuple[str, str, s
 
 
 def _write_csv(path: Path, columns: tuple[str, ...], rows: list) -> None:
-    """Write a table, whole or not at all."""
+    """Write a table, whole or not at all, in which a spreadsheet takes nothing for a formula."""
     new = path.with_suffix(".new")
     with new.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
+        table = csv.writer(file)
+        table.writerow(columns)
+        for row in rows:
+            table.writerow(
+                [re.sub(r"^[=+@-]", r"'\g<0>", one) if isinstance(one, str) else one for one in row]
+            )
     new.replace(path)
 
 
@@ -169,10 +176,12 @@ def _without_feedback(course: Path) -> list[Path]:
 
 def _is_done(course: Path, folder: Path) -> bool:
     """Tell whether a submission was graded or flagged, and nothing changed since."""
-    record, notebook = _record(course, folder), _notebook(folder)
-    same = record.submission == _digest(notebook) and record.exercises == _exercises(course, folder)
-    if not (same and record.graded and not record.problem):
-        return same and bool(record.problem)
+    record = _record(course, folder)
+    now = _digest(course, folder), _exercises(course, folder)
+    if (record.submission, record.exercises) != now:
+        return False
+    if record.problem:
+        return True
     with _gradebook(course) as gradebook, suppress(MissingEntry):  # a student may have been removed
         return bool(gradebook.find_submission(folder.name, folder.parent.name))
     return False
@@ -189,9 +198,13 @@ def _record(course: Path, folder: Path) -> Record:
     return Record()
 
 
-def _digest(notebook: Path) -> str:
+def _digest(course: Path, folder: Path) -> str:
     """Tell what was handed in by its contents: a copy may keep the time of what it was copied from."""
-    return hashlib.sha256(notebook.read_bytes()).hexdigest() if notebook.is_file() else "no file"
+    if misfit := _misfit(course, folder):
+        return misfit
+    files = _notebook(folder), folder / "timestamp.txt"  # the time that nbgrader reads
+    content = [path.read_bytes() if path.is_file() else b"" for path in files]
+    return hashlib.sha256(b"\0".join(content)).hexdigest()
 
 
 def _exercises(course: Path, folder: Path) -> str:
@@ -235,7 +248,7 @@ def _grade(course: Path, folder: Path, limits: Limits) -> Record:
             if not before.graded:
                 gradebook.remove_submission(notebook, student)
     return Record(
-        submission=_digest(_notebook(folder)),
+        submission=_digest(course, folder),
         exercises=_exercises(course, folder),
         problem=problem,
         graded=before.graded or not problem,
@@ -319,12 +332,15 @@ def main() -> None:
     find_programs()
     if not (course / "gradebook.db").exists():
         parser.error(f"{course} holds no class; `make class` makes one")
+    students = [path.name for path in course.glob("submitted/[!.]*")]
+    if odd := [name for name in sorted(students) if not _STUDENT.fullmatch(name)]:
+        parser.error(f"rename these folders in submitted/, without special characters: {odd}")
     if not landlock.version():
         print(
             "this kernel offers no Landlock: answers can read and write what you can",
             file=sys.stderr,
         )
-    with (course / "grading.lock").open("w") as lock:
+    with (course / "grading.lock").open("w", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
