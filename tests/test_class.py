@@ -369,6 +369,19 @@ def test_a_folder_that_nbgrader_or_a_spreadsheet_would_misread_is_refused(graded
     )
 
 
+def test_what_failed_for_no_fault_of_the_file_is_tried_again(course, graded):
+    hand_in(course, "ida", "05_layer_scale", SOLUTIONS)
+    config = graded / "nbgrader_config.py"
+    before = config.read_text(encoding="utf-8")
+    config.write_text(f"raise OSError('disk is full')\n{before}", encoding="utf-8")
+    said = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
+    config.write_text(before, encoding="utf-8")
+    assert "ida 05_layer_scale ... OSError: disk is full" in said
+    assert table(graded)["ida", "05_layer_scale"]["score"] == ""
+    said = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
+    assert "ida 05_layer_scale ... 30 of 30 points" in said
+
+
 def test_two_runs_at_once_are_refused(graded):
     command = [sys.executable, ROOT / "tools/grade_class.py", "--course", graded]
     with (graded / "grading.lock").open("w") as lock:

@@ -7,8 +7,8 @@ Writes, in build/class,
 - feedback/: a page for each, with the reason for each point that is missing,
 - flagged.csv: what could not be graded, and why. An earlier grade of that student and notebook stays.
 
-What was graded or flagged is left alone until the submission or the exercises' points or checks change: graded/ holds a
-digest of them, so a run that was stopped can be started again. To have all graded anew, delete graded/. To have pages
+What was graded or flagged is left alone until the submission, or an exercise's test or points, change: graded/ holds a
+digest of both, so a run that was stopped can be started again. To have all graded anew, delete graded/. To have pages
 written anew, as after points were changed by hand, delete feedback/. A grade stays when its submission is deleted;
 ``nbgrader db student remove STUDENT --force``, called in the course, takes a student out.
 
@@ -66,7 +66,7 @@ class Record:
     """What became of a submission.
 
     Attributes:
-        submission: the digest of what was handed in.
+        submission: the digest of what was handed in, or nothing if it should be tried again.
         exercises: the digest of the exercises that it was graded against.
         problem: why it could not be graded, or nothing.
         graded: whether the gradebook holds a grade, of this submission or, where that has a problem, an earlier one.
@@ -110,14 +110,14 @@ def grade_class(course: Path, limits: Limits) -> list[tuple[str, str, str]]:
 def _tell(course: Path, folder: Path, place: str) -> None:
     """Say what is graded now: it may take minutes."""
     before = _record(course, folder)
-    again = before.submission == _digest(course, folder) and before.graded
+    again = before.graded and before.exercises != _exercises(course, folder)
     why = " (its exercises have changed since)" if again else ""
     print(f"{place}: {' '.join(folder.parts[-2:])}{why} ... ", end="", flush=True)
 
 
 def _misplaced(course: Path) -> list[tuple[str, str, str]]:
     """Return what lies where no notebook is looked for."""
-    files = [*course.glob("submitted/*.ipynb"), *course.glob("submitted/[!.]*/*.ipynb")]
+    files = [*course.glob("submitted/[!.]*.ipynb"), *course.glob("submitted/[!.]*/[!.]*.ipynb")]
     reason = "it lies in no folder of its own: submitted/STUDENT/NOTEBOOK/NOTEBOOK.ipynb is wanted"
     return [
         ("" if path.parent.name == "submitted" else path.parent.name, path.name, reason)
@@ -194,7 +194,7 @@ def _record_file(course: Path, folder: Path) -> Path:
 def _record(course: Path, folder: Path) -> Record:
     """Read what became of a submission: of one that is new, or of whose record a stopped run wrote half, nothing."""
     with suppress(OSError, ValueError):
-        return Record(**json.loads(_record_file(course, folder).read_text("utf-8")))
+        return Record(**json.loads(_record_file(course, folder).read_text(encoding="utf-8")))
     return Record()
 
 
@@ -231,7 +231,8 @@ def _grade(course: Path, folder: Path, limits: Limits) -> Record:
     elif copy.exists() and before.graded:
         aside.parent.mkdir(parents=True, exist_ok=True)
         copy.rename(aside)
-    problem = _misfit(course, folder) or _nbgrader(
+    misfit = _misfit(course, folder)
+    problem = misfit or _nbgrader(
         course,
         _LEAST + 8 * limits.by_the_clock,
         *("autograde", notebook, f"--student={student}", "--force"),
@@ -247,8 +248,9 @@ def _grade(course: Path, folder: Path, limits: Limits) -> Record:
         with _gradebook(course) as gradebook, suppress(MissingEntry):
             if not before.graded:
                 gradebook.remove_submission(notebook, student)
+    of_the_file = misfit or problem in _NO_NOTEBOOK.values()  # and not of this machine
     return Record(
-        submission=_digest(course, folder),
+        submission=_digest(course, folder) if of_the_file or not problem else "",
         exercises=_exercises(course, folder),
         problem=problem,
         graded=before.graded or not problem,
