@@ -317,7 +317,7 @@ def test_a_folder_that_nbgrader_or_a_spreadsheet_would_misread_is_refused(graded
 
 def test_two_runs_at_once_are_refused(graded):
     command = [sys.executable, ROOT / "tools/grade_class.py", "--course", graded]
-    with (graded / "grading.lock").open("w") as lock:
+    with (graded / "grading.lock").open("w", encoding="ascii") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 2

@@ -52,7 +52,7 @@ def grade_class(course: Path, limits: Limits) -> list[tuple[str, str, str]]:
     for folder in handed_in:
         student, notebook = folder.parts[-2:]
         digest, seal = _digest(folder), course / "graded" / student / notebook
-        if digest and seal.exists() and seal.read_text("ascii") == digest:
+        if digest and seal.exists() and seal.read_text(encoding="ascii") == digest:
             continue
         seal.unlink(missing_ok=True)
         if problem := _grade(course, folder, limits):
@@ -199,7 +199,7 @@ def main() -> None:
             "this kernel offers no Landlock: answers can read and write what you can",
             file=sys.stderr,
         )
-    with (course / "grading.lock").open("w") as lock:
+    with (course / "grading.lock").open("w", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
