@@ -384,7 +384,7 @@ def test_what_failed_for_no_fault_of_the_file_is_tried_again(course, graded):
 
 def test_two_runs_at_once_are_refused(graded):
     command = [sys.executable, ROOT / "tools/grade_class.py", "--course", graded]
-    with (graded / "grading.lock").open("w") as lock:
+    with (graded / "grading.lock").open("w", encoding="ascii") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 2
