@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -110,7 +111,7 @@ def graded(course) -> Path:
         for name in POINTS:
             hand_in(course, student, name, answers)
     said = run_tool("grade_class.py", "--course", course, "--seconds", SECONDS)
-    assert "zoe 03_attention: 40 of 40 points" in said
+    assert "5 of 6: zoe 03_attention ... 40 of 40 points" in said
     return course
 
 
@@ -348,9 +349,14 @@ def test_an_error_is_one_line(tmp_path):
     assert line.startswith("make_class: 03_attention.ipynb: exercise 03.1: no minutes")
 
 
+def table(course: Path) -> dict[tuple[str, str], dict[str, str]]:
+    return {(row["student_id"], row["assignment"]): row for row in rows(course / "grades.csv")}
+
+
 def test_every_student_and_notebook_is_in_the_table(graded):
-    found = {(row["student_id"], row["assignment"]): row for row in rows(graded / "grades.csv")}
-    assert found.keys() == {(student, path.stem) for student in STUDENTS for path in PATHS}
+    found = table(graded)
+    assert found.keys() == {(student, name) for student in STUDENTS for name in POINTS}
+    assert {row["status"] for row in found.values()} == {"graded"}
     for name, points in POINTS.items():
         scores = {student: float(found[student, name]["score"]) for student in STUDENTS}
         assert scores == {"bob": 0, "mallory": 0, "zoe": sum(points)}
@@ -368,29 +374,171 @@ def test_feedback_says_why(graded, student, name):
             assert reason in verdict
 
 
+def test_feedback_begins_with_each_exercise_its_points_and_the_reason(graded):
+    page = graded / "feedback/mallory/03_attention/03_attention.html"
+    text = page.read_text(encoding="utf-8")
+    above = html.unescape(text[text.index("<h1>") : text.index("</table>")])
+    assert "mallory: <b>0 of 40 points</b>" in above
+    lines = re.findall(r'<a href="#[\w-]+">(.*?)</a></td>\n<td>(.*?)</td>\n<td>(.*?)</td>', above)
+    assert [line[:2] for line in lines] == [
+        ("03.1", "0 of 5"),
+        ("03.2", "0 of 15"),
+        ("03.3", "0 of 20"),
+    ]
+    for number, _, reason in lines:
+        assert reason.startswith("wrong: ")
+        assert HOSTILE[number][1] in reason
+
+
 def test_feedback_loads_nothing_from_elsewhere(graded):
     for page in graded.glob("feedback/*/*/*.html"):
         text = page.read_text(encoding="utf-8")
         assert not re.findall(
             r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?https?:[^>]*", text
         )
+        # whatever a student's own text asks for
+        first = re.search(r"<head>\s*<meta\b([^>]*)>", text)[1]
+        assert 'http-equiv="Content-Security-Policy"' in first
+        assert "content=\"default-src 'none';" in first
+        assert "<script" not in text
 
 
-def test_what_nbgrader_cannot_read_is_flagged_and_counts_nothing(course, graded):
+def test_what_cannot_be_graded_is_flagged_once_and_an_earlier_grade_stays(course, graded):
     target = graded / "submitted/zoe/05_layer_scale/05_layer_scale.ipynb"
-    before = target.read_text(encoding="utf-8")
-    target.write_text(before[: len(before) // 2], encoding="utf-8")
+    before = target.read_bytes()
+    pages = [graded / made / "zoe/05_layer_scale" for made in ("autograded", "feedback")]
+    kept = [sorted(path.read_bytes() for path in folder.iterdir()) for folder in pages]
+    target.write_bytes(before[: len(before) // 2])
+    junk = {"ann": b'{"nbformat": 4, "nbformat_minor": 5, "metadata": {}}', "jo": b"\xff" * 99}
+    for student, content in junk.items():
+        file = graded / "submitted" / student / "05_layer_scale/05_layer_scale.ipynb"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(content)
+    (graded / "submitted/max").mkdir()
+    (graded / "submitted/max/loose.ipynb").write_bytes(before)
     (graded / "submitted/yan/03_attention").mkdir(parents=True)
+    (graded / "submitted/yan/.ipynb_checkpoints").mkdir()
+    linked = graded / "submitted/eve/03_attention"
+    linked.mkdir(parents=True)
+    (linked / "03_attention.ipynb").symlink_to(graded / "source/03_attention/03_attention.ipynb")
     said = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
-    assert "2 without a grade" in said
-    flags = {
-        (row["student_id"], row["notebook"]): row["reason"] for row in rows(graded / "flagged.csv")
+    assert "6 could not be graded" in said
+    reasons = {
+        ("ann", "05_layer_scale"): "the file is no notebook: its JSON is not in the form",
+        ("eve", "03_attention"): "it is or holds a symbolic link",
+        ("jo", "05_layer_scale"): "the file is no notebook: it is not text",
+        ("max", "loose.ipynb"): "it lies in no folder of its own",
+        ("yan", "03_attention"): "the folder holds no 03_attention.ipynb",
+        ("zoe", "05_layer_scale"): "the file is no notebook, or was cut short: it is not JSON",
     }
-    assert flags.keys() == {("yan", "03_attention"), ("zoe", "05_layer_scale")}
-    assert "holds no 03_attention.ipynb" in flags["yan", "03_attention"]
-    assert "JSON" in flags["zoe", "05_layer_scale"]
-    found = {
-        (r["student_id"], r["assignment"]): float(r["score"]) for r in rows(graded / "grades.csv")
-    }
-    assert found["zoe", "05_layer_scale"] == found["yan", "03_attention"] == 0
-    assert found["zoe", "03_attention"] == 40
+    flagged = {(row["student_id"], row["notebook"]): row for row in rows(graded / "flagged.csv")}
+    assert flagged.keys() == reasons.keys()
+    found = table(graded)
+    for pair, reason in reasons.items():
+        assert flagged[pair]["reason"].startswith(reason)
+        assert found[pair]["status"].startswith(f"flagged: {reason}")
+        if pair[0] != "zoe":
+            assert found[pair]["score"] == ""
+    assert float(found["zoe", "05_layer_scale"]["score"]) == 30
+    assert "was handed in before" in found["zoe", "05_layer_scale"]["status"]
+    assert kept == [sorted(path.read_bytes() for path in folder.iterdir()) for folder in pages]
+    silent = found["max", "05_layer_scale"]
+    assert (silent["status"], silent["score"], silent["max_score"]) == ("not handed in", "", "30.0")
+    again = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
+    assert " of 1: " not in again
+    assert "zoe" not in again
+    assert "6 could not be graded" in again
+
+
+def test_a_change_of_points_has_submissions_graded_again(course, graded):
+    """As when a teacher changed a notebook, and made the class again."""
+    release = graded / "release/03_attention/03_attention.ipynb"
+    before, changed = release.read_bytes(), read(release)
+    marked(changed, "grade")["03.1"].metadata.nbgrader.points = 6
+    nbformat.write(changed, release)
+    others = set((graded / "submitted").glob("*/03_attention"))
+    for folder in others - {graded / "submitted/bob/03_attention"}:
+        folder.rename(graded / f"aside-{folder.parent.name}")
+    said = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
+    release.write_bytes(before)
+    assert "1 of 1: bob 03_attention (its exercises have changed since) ... 0 of " in said
+    assert table(graded)["zoe", "03_attention"]["status"] == "graded"  # though no longer there
+
+
+def test_a_run_that_was_killed_can_be_started_again(course, graded):
+    """nbgrader writes its copy of a notebook before it grades that."""
+    hand_in(course, "kim", "05_layer_scale", SOLUTIONS)
+    tool = ROOT / "tools/grade_class.py"
+    run = subprocess.Popen([sys.executable, tool, "--course", graded], stdout=subprocess.DEVNULL)
+    copy = graded / "autograded/kim/05_layer_scale/05_layer_scale.ipynb"
+    end = time.monotonic() + 120
+    while not copy.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert copy.exists()
+    assert run.poll() is None
+    run.kill()
+    run.wait()
+    end = time.monotonic() + 10
+    while (alive := nbgraders(graded)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive
+    said = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
+    assert "kim 05_layer_scale ... 30 of 30 points" in said
+
+
+def nbgraders(course: Path) -> list[Path]:
+    """What of nbgrader still runs there."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"nbgrader" in (process / "cmdline").read_bytes():
+                found += [process] if (process / "cwd").readlink() == course else []
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def test_what_is_handed_in_again_is_graded_again_though_its_time_is_older(course, graded):
+    target = graded / "submitted/bob/05_layer_scale/05_layer_scale.ipynb"
+    target.unlink()
+    target.parent.rmdir()
+    hand_in(course, "bob", "05_layer_scale", SOLUTIONS)
+    os.utime(target, (0, 0))
+    said = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
+    assert "bob 05_layer_scale ... 30 of 30 points" in said
+    assert "zoe 03_attention" not in said
+
+
+@pytest.mark.parametrize("name", ["a*", "=1+1", "-x", "a\nb"])
+def test_a_folder_that_nbgrader_or_a_spreadsheet_would_misread_is_refused(graded, name):
+    folder = graded / "submitted" / name
+    folder.mkdir()
+    command = [sys.executable, ROOT / "tools/grade_class.py", "--course", graded]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    folder.rmdir()
+    assert done.returncode == 2
+    assert (
+        f"rename these folders in submitted/, without special characters: [{name!r}]" in done.stderr
+    )
+
+
+def test_what_failed_for_no_fault_of_the_file_is_tried_again(course, graded):
+    hand_in(course, "ida", "05_layer_scale", SOLUTIONS)
+    config = graded / "nbgrader_config.py"
+    before = config.read_text(encoding="utf-8")
+    config.write_text(f"raise OSError('disk is full')\n{before}", encoding="utf-8")
+    said = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
+    config.write_text(before, encoding="utf-8")
+    assert "ida 05_layer_scale ... OSError: disk is full" in said
+    assert table(graded)["ida", "05_layer_scale"]["score"] == ""
+    said = run_tool("grade_class.py", "--course", graded, "--seconds", SECONDS)
+    assert "ida 05_layer_scale ... 30 of 30 points" in said
+
+
+def test_two_runs_at_once_are_refused(graded):
+    command = [sys.executable, ROOT / "tools/grade_class.py", "--course", graded]
+    with (graded / "grading.lock").open("w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2
+    assert "is being graded already" in done.stderr

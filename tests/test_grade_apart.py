@@ -68,6 +68,28 @@ HOSTILE = {
         + in_the_function("exercises.grade.__code__ = (lambda number, answer: 'right').__code__"),
         "replaced siglip_lib.classroom.exercises.grade",
     ),
+    "replaces a method": (
+        "import torch\n" + in_the_function("torch.nn.Linear.forward = lambda layer, x: x"),
+        "replaced torch.nn.modules.linear.Linear.forward",
+    ),
+    "replaces a module of the check": (
+        "import types\nfrom siglip_lib.classroom.exercises import nb05\n"
+        "nb05.math = types.SimpleNamespace(sqrt=abs, isclose=lambda *a, **b: True)\n"
+        "def drop_path_std(p): return 1.0",
+        "replaced siglip_lib.classroom.exercises.nb05.math",
+    ),
+    "replaces the check": (
+        "from siglip_lib.classroom import exercises\n"
+        "exercises._CHECKS['05.2'] = lambda answer: None\ndef drop_path_std(p): return 1.0",
+        "replaced siglip_lib.classroom.exercises._CHECKS",
+    ),
+    "speaks for the grader": (
+        "import os\n" + in_the_function(
+            "for pipe in range(3, 30):\n        try:\n            os.write(pipe, b'right')\n"
+            "        except OSError:\n            pass\n    os._exit(0)"
+        ),
+        "ended Python, with exit status 0",
+    ),
     "no such name": ("drop_path = 1", "no cell gives 'drop_path_std' a value"),
     "no Python": ("def drop_path_std(p)\n    return p", "its cell is no Python: expected ':' (line 1)"),
     "fails before": ("1 / 0\ndrop_path_std = 1", "a value; ZeroDivisionError: division by zero"),
@@ -82,6 +104,25 @@ PEACEFUL = {
     "a helper in another cell": "def drop_path_std(p):\n    return root(p / (1 - p))",
     "tried out below": RIGHT + "\nwhile True:\n    drop_path_std(.5)",
     "magic": f"%matplotlib inline\n!false\n{RIGHT}\ndisplay(drop_path_std(.5))",
+    "magic of a cell": f"%%time\n{RIGHT}",
+    "magic that binds": "%time power = .5\ndef drop_path_std(p):\n    return (p / (1 - p)) ** power",
+    "a list that is filled": (
+        "powers = []\nfor i in range(3):\n    powers.append(i / 2)\n"
+        "def drop_path_std(p):\n    return (p / (1 - p)) ** powers[1]"
+    ),
+    "filled in another cell": "def drop_path_std(p):\n    return (p / (1 - p)) ** TABLE['half']",
+    "an attribute of its own": (
+        "def drop_path_std(p):\n    return (p / (1 - p)) ** drop_path_std.power\ndrop_path_std.power = .5"
+    ),
+    "a value that grows": "power = .25\npower += .25\ndef drop_path_std(p):\n    return (p / (1 - p)) ** power",
+    "global": (
+        "calls = 0\ndef count():\n    global calls\n    calls += 1\n"
+        "def drop_path_std(p):\n    count()\n    return (p / (1 - p)) ** .5 if calls else None"
+    ),
+    "set right below": "power = 1\ndef drop_path_std(p):\n    return (p / (1 - p)) ** power\npower = .5",
+    "annotated with what is not there": (
+        "from __future__ import annotations\ndef drop_path_std(p: Share) -> Std:\n    return (p / (1 - p)) ** .5"
+    ),
     "its own print": f"def print(*a): raise OSError\n{RIGHT}",
 }
 HELPERS = [
@@ -89,6 +130,8 @@ HELPERS = [
     "def half(x):\n    return x ** HALF",
     "HALF = 0.5\nraise ValueError('later cells still run')",
     "def root(x):\n    return half(x)",
+    "TABLE = {}",
+    "TABLE['half'] = .5",
     "while True:\n    unrelated = 1",
 ]
 
@@ -210,9 +253,9 @@ def test_parts_that_an_answer_needs():
         "def answer(p):\n    return root(p)\nanswer(x)\nshown = answer(2)",
         "answer",
     ]
-    # root's HALF is looked for above it first
-    assert [part.cell for part in needed_parts(cells, "answer")] == [0, 2, 4]
-    assert [part.cell for part in needed_parts(cells, "shown")] == [0, 1, 2, 4]
+    # root is called when HALF has its second value
+    assert [part.cell for part in needed_parts(cells, "answer")] == [0, 2, 3, 4]
+    assert [part.cell for part in needed_parts(cells, "shown")] == [0, 1, 2, 3, 4]
     assert needed_parts(cells, "nowhere") == []
 
 
@@ -225,6 +268,35 @@ def test_a_solution_needs_the_imports_and_itself(path):
         end = next(i for i, s in enumerate(cells) if f'check_exercise("{exercise.number}"' in s)
         parts = needed_parts([*cells[:end], exercise.solution], exercise.answer)
         assert {part.cell for part in parts} <= {1, end}
+
+
+def test_what_changes_a_value_is_needed_and_what_changes_a_module_is_not():
+    cells = [
+        "import torch\ntorch.first = 1",
+        "table = {}",
+        "torch.manual_seed(1)\ntorch.second = 2",
+        "table['a'] = 1",
+        "table.get('a') or print(table)",
+        "table.update(b=2)",
+        "answer = lambda: torch.tensor(table['a'])",
+        "table['a'] = 3",
+    ]
+    assert [part.cell for part in needed_parts(cells, "answer")] == [0, 1, 3, 5, 6, 7]
+
+
+def test_every_solution_gets_its_points():
+    """Below the notebook's own cells, and with all that an answer loses there: files, memory, Triton's compiler."""
+    answers = []
+    for path in PATHS:
+        notebook = read(path)
+        cells = [cell.source for cell in all_code_cells(notebook)]
+        for exercise in exercises(notebook):
+            end = next(i for i, s in enumerate(cells) if f'check_exercise("{exercise.number}"' in s)
+            answers.append(
+                Answer(exercise.number, exercise.answer, [*cells[:end], exercise.solution])
+            )
+    verdicts = {a.number: v for a, v in zip(answers, grade_apart(answers), strict=True)}
+    assert verdicts == dict.fromkeys(verdicts, "right")
 
 
 def test_a_replaced_method_is_found():

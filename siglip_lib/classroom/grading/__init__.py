@@ -8,10 +8,12 @@ version 6 on (6.12) it sends no signal to others. The grader never runs the code
 
 No grader that runs an answer and its check in one process is a sandbox, and this is none. It notices endless loops,
 memory, ``sys.exit`` and ``os._exit``, killed processes, and functions of torch, numpy or this library that were
-replaced (``patches``). It does not notice code that sets out to deceive: that can read the checks, which ship with the
-library and say what is right, look into the check's frames, or undo its patches before it returns. Without Landlock it
-can also read and change the files of whoever grades. So read the answers that you give points for, and grade strangers'
-work in a container, or as a user who owns nothing else.
+replaced (``patches``). Its limits are those of one process and one file: an answer that starts many processes or writes
+many files can fill memory or disk until its time is over. It does not notice code that sets out to deceive: that can
+read the checks, which ship with the library and say what is right, look into the check's frames, answer for torch's
+functions by a mode of torch, or undo its patches before it returns. Without Landlock it can also read and change the
+files of whoever grades. So read the answers that you give points for, and grade strangers' work in a container, or as
+a user who owns nothing else.
 """
 
 from siglip_lib.classroom.grading.apart import Answer, grade_apart

@@ -17,6 +17,7 @@ _SET = {
     "PYTHONPATH": str(Path(__file__).parents[3]),  # the same library there as here
     "SIGLIP_SIZE": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
+    "TRITON_INTERPRET": "1",  # before torch._dynamo imports Triton
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MPLBACKEND": "agg",

@@ -1,8 +1,13 @@
 """What an answer may take of the machine."""
 
+import ctypes
 import math
 import resource
+import signal
 from dataclasses import dataclass
+
+_END_WITH_PARENT, _TAKE_ORPHANS = 1, 36  # of prctl
+_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,16 @@ class Limits:
         )  # a signal that tells why, then one that none survives
         _lower(resource.RLIMIT_FSIZE, 2**27)
         _lower(resource.RLIMIT_CORE, 0)
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that happens."""
+    _libc.prctl(_END_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
+
+
+def take_orphans() -> None:
+    """Become the parent of all that descends from this process and has lost its own."""
+    _libc.prctl(_TAKE_ORPHANS, 1, 0, 0, 0)
 
 
 def _bytes_of_addresses() -> int:

@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import random
 import sys
 from types import FunctionType, ModuleType
 
@@ -10,10 +11,12 @@ import torch
 
 # others of torch change by themselves, when more of it is imported
 _MODULES = (
-    *(builtins, math, np, torch, torch.linalg, torch.nn, torch.nn.functional, torch.nn.init),
+    *(builtins, math, random, np, np.linalg),
+    *(torch, torch.linalg, torch.nn, torch.nn.functional, torch.nn.init),
     *(torch.special, torch.testing),
 )
-_CLASSES = torch.Tensor, torch.nn.Module, torch.Generator
+_LAYERS = {value for value in vars(torch.nn).values() if isinstance(value, type)}
+_CLASSES = torch.Tensor, torch.Generator, *_LAYERS
 
 
 class Watch:
@@ -50,22 +53,26 @@ def _ours(module: str) -> bool:
 
 
 def _members(place: ModuleType | type) -> dict[str, "_Same"]:
-    """Return what can be called there."""
-    return {name: _Same(value) for name, value in [*vars(place).items()] if callable(value)}
+    """Return what can be called there, and where more of it is: modules, and tables of functions."""
+    return {
+        name: _Same(value)
+        for name, value in [*vars(place).items()]
+        if callable(value) or isinstance(value, ModuleType | dict)
+    }
 
 
 class _Same:
-    """Equal to another if both hold the same object, and that still has the same code."""
+    """Equal to another if both hold the same object, and that still has the same code, or the same functions."""
 
     def __init__(self, value: object) -> None:
         self._parts = [value]
         if isinstance(value, FunctionType):
             self._parts += [value.__code__, value.__defaults__, value.__kwdefaults__]
+        if isinstance(value, dict):
+            self._parts += [item for item in value.values() if isinstance(item, FunctionType)]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and all(
-            one is another for one, another in zip(self._parts, other._parts, strict=False)
-        )
+        return isinstance(other, _Same) and [*map(id, self._parts)] == [*map(id, other._parts)]
 
     __hash__ = None
 
