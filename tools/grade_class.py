@@ -273,6 +273,8 @@ def _nbgrader(course: Path, seconds: float, *arguments: str) -> str:
     process = subprocess.Popen(
         [sys.executable, "-m", "nbgrader", *arguments],
         cwd=course,
+        # without its settings nbgrader would go on, and run answers itself
+        env=os.environ | {"TRAITLETS_APPLICATION_RAISE_CONFIG_FILE_ERROR": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
