@@ -334,7 +334,7 @@ def main() -> None:
     options = parser.parse_args()
     course = options.course.resolve()
     find_programs()
-    if not (course / "gradebook.db").exists():
+    if not all((course / name).exists() for name in ("gradebook.db", "nbgrader_config.py")):
         parser.error(f"{course} holds no class; `make class` makes one")
     students = [path.name for path in course.glob("submitted/[!.]*")]
     if odd := [name for name in sorted(students) if not _STUDENT.fullmatch(name)]:
