@@ -77,17 +77,21 @@ def test_stored_outputs_come_from_the_gpu_they_name(path, notebook):
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_prediction_offers_choices_and_its_answer_is_closed(path):
-    predictions, open_ones = 0, set()
+    predictions, open_ones, is_answered = 0, set(), False
     for cell in read(path).cells:
         if cell.cell_type == "markdown":
             assert not open_ones, f"an answer stands open below {open_ones}"
+            is_answered = False
             _, asks, question = cell.source.rpartition("**Predict")
             if asks:
                 assert "(a)" in question
                 assert "(b)" in question
                 predictions, open_ones = predictions + 1, {cell.id}
         elif cell.metadata.get("jupyter", {}).get("outputs_hidden"):
-            open_ones = set()
+            open_ones, is_answered = set(), True
+        elif is_answered:
+            pictures = [output for output in cell.outputs if output.output_type == "display_data"]
+            assert not pictures, f"the picture of {cell.id} shows the answer"
     assert not open_ones
     assert predictions >= 3
 
