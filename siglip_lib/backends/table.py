@@ -227,12 +227,14 @@ BACKENDS = {
     ),
 }
 
-# There, triton against cuDNN at these head_dims: 8 and 64 times 729 tokens, 2 to 8 % ahead forward and 7 to 12 % with
-# backward; 8 times 512, level; from 1024 tokens on, 4 to 5 % behind forward, within 2 % with backward; 64 times 256,
-# 8 to 9 % behind forward and level with backward. Smaller work waits for Python to launch it, which replayed calls
-# leave out; launched, triton loses there.
-LARGE = 10e9  # FLOP forward, half of what one layer of SO400M takes for 8 pictures
-LONG = 1024  # tokens
+# FLOP forward from which on attention is large: half of what one layer of SO400M takes for 8 pictures.
+# There, triton against cuDNN at head_dim 64, 72 and 80: 8 and 64 times 729 tokens, 2 to 8 % ahead forward and 7 to 12 %
+# with backward; 8 times 512, level; from 1024 tokens on, 4 to 5 % behind forward, within 2 % with backward; 64 times
+# 256, 8 to 9 % behind forward and level with backward. Smaller work waits for Python to launch it, which replayed
+# calls leave out; launched, triton loses there.
+LARGE = 10e9
+# tokens from which on cuDNN is asked before triton
+LONG = 1024
 _TRITON_FIRST = (64, 72, 80)
 
 

@@ -34,7 +34,7 @@ class Size:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the size is one of a GPU: "lab" or "full"."""
+        """Whether the size, "lab" or "full", is one of a GPU."""
         return self.name != "cpu"
 
     def pick(self, cpu: _Choice, lab: _Choice, full: _Choice | None = None) -> _Choice:

@@ -23,6 +23,7 @@ COLUMNS = (
     *("erase", "erase_x", "erase_y", "erase_width", "erase_height"),
     *("background", "red", "green", "blue"),
 )
+# how many uniform numbers augment takes for a picture
 DRAWS = len(COLUMNS)
 
 # the ranges at strength 1

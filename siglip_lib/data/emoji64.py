@@ -36,6 +36,7 @@ DIGESTS = {
 # The two's pictures of a concept differ by 5 % of the range in the median, those of any other two by 14 % or more.
 SAME_DESIGN = ("fluent-emoji", "fluent-emoji-flat")
 
+# the sentences that a name is put into in training
 TEMPLATES = (
     "{}",
     "a picture of {}",

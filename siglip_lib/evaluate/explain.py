@@ -171,7 +171,7 @@ def isolation(
     score as it is; an object alone can't hide behind the others.
 
     Returns:
-        (B, rows, columns), float32 in [-1, 1]: cosines, each the mean over the windows around a patch.
+        Cosines, each the mean over the windows around a patch, (B, rows, columns), float32 in [-1, 1].
 
     Source: Petsiuk et al., RISE (2018), section 3.1, with square windows in place of random masks.
     """

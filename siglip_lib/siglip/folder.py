@@ -48,8 +48,9 @@ EMOJI64_SIGLIP = SigLIPConfig(
     vocab_size=1500,
     context_length=16,
 )
+# the folder of the SigLIP that ships, as load_siglip reads it
 EMOJI64_WEIGHTS = Path(__file__).parent / "weights" / "emoji64"
-# their unit vectors (5094, 128) of all pictures, "pictures" in a safetensors file, float16
+# its unit vectors of all pictures of emoji64, "pictures" (5094, 128) in a safetensors file, float16
 EMOJI64_VECTORS = EMOJI64_WEIGHTS.with_name("emoji64_vectors.safetensors")
 
 

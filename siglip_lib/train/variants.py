@@ -67,7 +67,8 @@ def _recipe(steps: int, batch: int, warmup: int) -> TrainConfig:
     return TrainConfig(steps=steps, batch=batch, warmup=warmup, strength=0.0)
 
 
-SHORT_COURSES = {  # by the name of the size
+# what a comparison of variants trains, on which rates and seeds, by the name of the size
+SHORT_COURSES = {
     "cpu": ShortCourse(_TINY, _recipe(20, 16, 5), [1e-3], [0]),
     "lab": ShortCourse(_SHORT, _recipe(150, 512, 40), [1e-3], [0, 1]),
     "full": ShortCourse(_SHORT, _recipe(400, 512, 100), [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], [0, 1, 2]),

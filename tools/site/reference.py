@@ -81,17 +81,16 @@ def _entry(module: ModuleType, name: str) -> str:
 
 
 def _comment(module: ModuleType, name: str) -> str:
-    """The comment above the line of a package that gives a constant its value, or its type without one."""
+    """The comment above the line of a package that gives a constant its value."""
     for file in sorted(Path(module.__file__).parent.glob("*.py")):
         source = file.read_text(encoding="utf-8")
         if found := re.search(rf"((?:^#.*\n)*)^{name}\b.* = ", source, re.MULTILINE):
             comment = " ".join(line.removeprefix("# ") for line in found[1].splitlines())
-            kind = type(getattr(module, name)).__name__
-            return (
-                f"{comment[:1].upper()}{comment[1:].removesuffix('.')}."
-                if comment
-                else f"A constant, {kind}."
-            )
+            if not comment:
+                raise ValueError(
+                    f"{file}: {name} is public, and no comment above it says what it is"
+                )
+            return f"{comment[:1].upper()}{comment[1:].removesuffix('.')}."
     raise ValueError(f"{module.__name__} gives {name} no value")
 
 

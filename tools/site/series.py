@@ -20,9 +20,9 @@ ANSWER = {
 }
 SETUP = {"code_prompt_show": "Show the imports", "code_prompt_hide": "Hide the imports"}
 HERE = (
-    "This page shows a stored run, on the device named below. What was measured after a **Predict** is closed until you "
-    "open it; the text below it tells the outcome, so choose before you read on. The cells in which a reader notes a "
-    "prediction are left out. To change and run all of it, "
+    "This page shows a stored run, on the device named below. What was measured after a **Predict** is closed until "
+    "you open it; the text below it tells the outcome, so choose before you read on. The cells in which a reader notes "
+    "a prediction are left out. To change and run all of it, "
     "[start your own copy](../index.md#run-them-yourself)."
 )
 # a cell that notes a reader's prediction or counts those that came true
