@@ -44,7 +44,7 @@ def grade(number: str, answer: object) -> str:
     except Unanswered:
         return "not answered yet"
     except Exception as error:  # a reader's code may fail in any way; that is an answer too
-        return f"wrong: your code raised {type(error).__name__}{_message(error)}"
+        return f"wrong: your code raised {type(error).__name__}{_message(error)}{_advice(error)}"
     return "right" if problem is None else f"wrong: {problem}"
 
 
@@ -66,6 +66,13 @@ def _message(error: Exception) -> str:
         return ""
 
 
+def _advice(error: Exception) -> str:
+    """Return what to do about tensors on two devices, which torch's message does not say; empty for other errors."""
+    if not isinstance(error, RuntimeError) or "same device" not in _message(error):
+        return ""
+    return "; the check brings tensors on the CPU: make new ones where the arguments lie, device=x.device"
+
+
 def _of_plain_values(answer: object) -> object:
     """Return an answer as plain values, or a function that gives such."""
     is_kernel = hasattr(answer, "fn")  # it is launched, and not called
@@ -75,7 +82,10 @@ def _of_plain_values(answer: object) -> object:
 
 
 def _plain(value: object) -> object:
-    """Return a value made of Python's own numbers, strings and sequences; others could say that they equal anything."""
+    """Return a value made of Python's own numbers, strings and sequences; others could say that they equal anything.
+
+    Tensors of a GPU come to the CPU, where the checks' own are.
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool):
@@ -88,7 +98,8 @@ def _plain(value: object) -> object:
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, torch.Tensor):  # of a class that may answer for torch's functions
-        return value.as_subclass(torch.Tensor)
+        value = value.as_subclass(torch.Tensor)
+        return value.cpu() if value.is_cuda else value
     for kind in (tuple, list):
         if isinstance(value, kind):
             return kind(map(_plain, kind.__iter__(value)))
