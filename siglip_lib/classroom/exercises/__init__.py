@@ -68,7 +68,8 @@ def _message(error: Exception) -> str:
 
 def _advice(error: Exception) -> str:
     """Return what to do about tensors on two devices, which torch's message does not say; empty for other errors."""
-    if not isinstance(error, RuntimeError) or "same device" not in _message(error):
+    text = _message(error) if isinstance(error, RuntimeError) else ""
+    if "same device" not in text and "expected device" not in text:
         return ""
     return "; the check brings tensors on the CPU: make new ones where the arguments lie, device=x.device"
 
