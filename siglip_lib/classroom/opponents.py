@@ -101,7 +101,7 @@ OPPONENTS = {
     ),
     "flash-attn 4": Opponent(
         "flash-attn-4", "4.0.0b36", "flash_attn.cute", True, _HALF, (9, 0),
-        grain=32,  # its buffer for dq has such columns, its kernel multiples of 16: wrong at 72 and 80
+        grain=32,  # dq's buffer is as wide, its kernel a multiple of 16: they differ at 72 and 80
     ),
 }  # fmt: skip
 
