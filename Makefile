@@ -6,7 +6,7 @@ PORT  ?= 8888
 SHARE := -n auto --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.cfg --nbval-cell-timeout=300
 
-.PHONY: lab test lint unit notebooks slow mutations outputs measured speed speed-many weights ablations links clean
+.PHONY: lab test lint unit notebooks slow mutations outputs measured speed speed-many weights ablations links class grade test-class clean
 
 lab: $(VENV)/ready
 	@exec .ci/lab $(BIN) $(PORT)
@@ -50,9 +50,23 @@ ablations: $(VENV)/ready  ## on a GPU: a table of what helps, by EmojiOne's draw
 links: $(VENV)/ready  ## where origin is on GitHub: Colab badges, and the install line of each notebook's first cell
 	$(BIN)/python tools/write_links.py
 
+class: $(VENV)/class-ready  ## assignments for nbgrader, from the notebooks: hand out build/class/release
+	$(BIN)/python tools/make_class.py
+
+grade: $(VENV)/class-ready  ## what lies in build/class/submitted/STUDENT/NOTEBOOK/: grades.csv, and feedback with reasons
+	$(BIN)/python tools/grade_class.py
+
+test-class: $(VENV)/class-ready  ## both with the real nbgrader, on three submissions: about two minutes
+	$(BIN)/pytest --durations=5 tests/test_class.py
+
 clean:
 	rm -rf $(VENV)
 
 $(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-gpu.txt .ci/setup
 	@.ci/setup $(VENV)
+	@touch $@
+
+$(VENV)/%-ready: $(VENV)/ready  # an extra, by the constraints that .ci/setup takes
+	@constraints=constraints-cpu.txt; if nvidia-smi >/dev/null 2>&1; then constraints=constraints-gpu.txt; fi; \
+	  $(BIN)/pip install --disable-pip-version-check -c $$constraints -e ".[$*]"
 	@touch $@

@@ -207,7 +207,7 @@ def in_the_locales_encoding(source: str) -> list[str]:
         )
         is_text = name.endswith((".read_text", ".write_text")) or "text" in given
         is_open = name == "open" or (
-            name.endswith(".open") and not name.startswith(("Image", "tarfile"))
+            name.endswith(".open") and not name.startswith(("Image", "os", "tarfile"))
         )
         if (is_text or (is_open and not binary)) and "encoding" not in given:
             found.append(ast.unparse(call))

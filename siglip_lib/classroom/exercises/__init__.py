@@ -23,9 +23,24 @@ class Unanswered(Exception):
     """The exercise's cell is still as it was."""
 
 
+class WrongAnswer(Exception):
+    """An answer that gets no points; the text says why."""
+
+
 def check_exercise(number: str, answer: object) -> None:
     """Print whether ``answer`` solves exercise ``number`` ("01.2"), and if not, what is wrong with it."""
     print(f"exercise {number}: {grade(number, answer)}")
+
+
+def require_exercise(number: str, answer: object) -> None:
+    """Print that ``answer`` solves exercise ``number``; the form of ``check_exercise`` for a class.
+
+    Raises:
+        WrongAnswer: it does not; with what is wrong.
+    """
+    if (verdict := grade(number, answer)) != "right":
+        raise WrongAnswer(f"exercise {number}: {verdict}")
+    print(f"exercise {number}: right")
 
 
 def grade(number: str, answer: object) -> str:
@@ -48,10 +63,15 @@ def grade(number: str, answer: object) -> str:
     return "right" if problem is None else f"wrong: {problem}"
 
 
-def _check(number: str) -> Callable[[object], str | None]:
-    """Return the check of that number."""
+def load_checks() -> None:
+    """Import every check, which else happens when the first answer is graded."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
+
+
+def _check(number: str) -> Callable[[object], str | None]:
+    """Return the check of that number."""
+    load_checks()
     if number not in _CHECKS:
         there = ", ".join(sorted(_CHECKS))
         raise ValueError(f"number={number!r} is no exercise; there are {there}")
