@@ -126,9 +126,7 @@ class LanguageModel(nn.Module):
 def caption_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return the mean cross-entropy, in nats, of all captions' tokens, up to the first ``</s>`` of each and with it.
 
-    Args:
-        logits: (B, T, V), of which token stands at each place.
-        tokens: (B, T) int64, which stands there.
+    Shapes: logits (B, T, V), of which token stands at each place, and tokens (B, T) int64, those that do.
     """
     batch, length, _ = check_tensor("logits", logits, ("B", "T", "V"), empty=False)
     check_tensor("tokens", tokens, (batch, length), dtypes=(torch.int64,))
