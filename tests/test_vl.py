@@ -407,7 +407,7 @@ def test_captions_that_do_not_fit(reader):
 def test_maps_of_a_causal_layer_are_masked_and_those_after_a_past_its_last_row(reader):
     x = torch.randn(2, 9, 8)
     with attention_maps(reader) as maps:
-        whole, past = reader(x[:, :8])
+        _, past = reader(x[:, :8])
         before = {name: weights.clone() for name, weights in maps.items()}
         _, past = reader(x[:, 8:], past)
         after = dict(maps)
