@@ -1,4 +1,4 @@
-"""Widgets for a notebook: type a text and see the pictures it finds, click a patch and see where it looks.
+"""Widgets for a notebook: the pictures that a text finds, where a clicked patch looks, where a caption's words look.
 
 ipywidgets, anywidget and PIL are imported when a widget is made, not before: importing the library stays quick.
 """
@@ -25,12 +25,13 @@ from siglip_lib.evaluate.maps import attention_maps
 from siglip_lib.siglip.model import SigLIP, embed_texts
 from siglip_lib.siglip.text import Tokenizer, canonicalize
 from siglip_lib.tower.vision_transformer import VisionTransformer
-from siglip_lib.vl.language_model import LanguageModel
-from siglip_lib.vl.visual_prefix import VisualPrefix
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
     from PIL.Image import Image
+
+    from siglip_lib.vl.language_model import LanguageModel
+    from siglip_lib.vl.visual_prefix import VisualPrefix
 
 THUMBNAIL = 192  # pixels along the longer side of a picture that was found
 SIDE = 384  # pixels, roughly, of the picture to click on
