@@ -3,10 +3,12 @@ SHELL := /bin/bash
 VENV  := .venv
 BIN   := $(VENV)/bin
 PORT  ?= 8888
+NPM   := tools/site/node_modules/.package-lock.json
 SHARE := -n auto --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.cfg --nbval-cell-timeout=300
 
-.PHONY: lab test lint unit notebooks slow mutations outputs measured speed speed-many weights captioner ablations links clean
+.PHONY: lab test lint unit notebooks slow mutations outputs measured speed speed-many weights captioner ablations links \
+	class grade test-class site test-site clean
 
 lab: $(VENV)/ready
 	@exec .ci/lab $(BIN) $(PORT)
@@ -53,9 +55,34 @@ ablations: $(VENV)/ready  ## on a GPU: a table of what helps, by EmojiOne's draw
 links: $(VENV)/ready  ## where origin is on GitHub: Colab badges, and the install line of each notebook's first cell
 	$(BIN)/python tools/write_links.py
 
+class: $(VENV)/class-ready  ## assignments for nbgrader, from the notebooks: hand out build/class/release
+	$(BIN)/python tools/make_class.py
+
+grade: $(VENV)/class-ready  ## what lies in build/class/submitted/STUDENT/NOTEBOOK/: grades.csv, and feedback with reasons
+	$(BIN)/python tools/grade_class.py
+
+test-class: $(VENV)/class-ready  ## both with the real nbgrader, on three submissions: about two minutes
+	$(BIN)/pytest --durations=5 tests/test_class.py
+
+site: $(VENV)/site-ready $(NPM)  ## the website, from the stored outputs, into build/site: two minutes; needs npm on first use
+	$(BIN)/python tools/site/build.py
+
+test-site: site  ## every page in headless Chromium, and the page "Try it" against the library: some minutes
+	$(BIN)/pytest -n auto --dist worksteal -m site --durations=5 tests/test_site.py
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) tools/site/node_modules
 
 $(VENV)/ready: pyproject.toml constraints-cpu.txt constraints-gpu.txt .ci/setup
 	@.ci/setup $(VENV)
+	@touch $@
+
+$(VENV)/%-ready: $(VENV)/ready  # an extra, by the constraints that .ci/setup takes
+	@constraints=constraints-cpu.txt; if nvidia-smi >/dev/null 2>&1; then constraints=constraints-gpu.txt; fi; \
+	  $(BIN)/pip install --disable-pip-version-check -c $$constraints -e ".[$*]"
+	@touch $@
+
+$(NPM): tools/site/package.json tools/site/package-lock.json
+	@command -v npm >/dev/null || { echo "make site needs npm (Debian and Ubuntu: apt install npm)" >&2; exit 1; }
+	@cd tools/site && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@

@@ -72,12 +72,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # the unit tests that take longest, in seconds of a core
 LONGEST = {
     "test_train_distributed.py": 60,
+    "test_class.py": 110,  # where nbgrader is installed
     "test_kernels_compiled.py": 35,
     "test_mutate.py": 33,
     "test_nbval_guard.py": 33,
     "test_train.py": 31,
     "test_backends.py": 28,
     "test_exercises.py": 27,
+    "test_grade_apart.py": 26,
     "test_variants.py": 25,
     "test_checkpoints.py": 22,
     "test_browser.py": 19,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import nbformat
 import pytest
+from serving import listens
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 pytest.importorskip("jupyterlab", reason="needs jupyterlab")
@@ -46,6 +47,14 @@ attention_viewer(model.image, compose(emoji.pictures[places[:3]]), names=titles[
     """
 attention_viewer(torch.eye(16)[None] + torch.arange(16) / 100, compose(emoji.pictures[places[:1]]))
 """,
+    """
+from siglip_lib.classroom import predict
+
+predict("04.1", "a")
+""",
+    """
+print("measured")
+""",
 )
 
 
@@ -77,6 +86,7 @@ def lab(tmp_path_factory) -> Iterator[str]:
     """The address of a JupyterLab with a notebook, whose settings and state are its own."""
     folder = tmp_path_factory.mktemp("lab")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in CELLS])
+    notebook.cells[-1].metadata.jupyter = {"outputs_hidden": True}
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
     (folder / "files").mkdir()
     nbformat.write(notebook, folder / "files" / "tiny.ipynb")
@@ -107,10 +117,11 @@ def lab(tmp_path_factory) -> Iterator[str]:
 
     def address() -> str | None:
         assert server.poll() is None, log.read_text(encoding="utf-8")
-        found = [*(folder / "runtime").glob("jpserver-*.json")]
-        return (
-            json.loads(found[0].read_text(encoding="utf-8") or "{}").get("url") if found else None
-        )
+        for file in (folder / "runtime").glob("jpserver-*.json"):
+            told = json.loads(file.read_text(encoding="utf-8") or "{}")
+            if told and listens(told["port"]):
+                return told["url"]
+        return None
 
     try:
         yield f"{wait_for('JupyterLab', address)}doc/tree/tiny.ipynb?token={token}"
@@ -235,6 +246,24 @@ def test_a_click_on_weights_alone(page):
     assert "row 4, column 1 attends" in caption.text
     assert "from 0.000 (violet) to 1.120 (yellow)" in caption.text
     assert len(all_of(page, ".widget-dropdown select")) == 3  # the tower's; here is no choice
+
+
+def test_a_prediction_is_answered_below_what_was_measured(page):
+    """And both are open, though the cell's output was stored closed; so when the cell runs again."""
+    answer = "measured\nprediction 04.1: you chose (a); it is (b)"
+    last = """
+        const [open] = window.jupyterapp.shell.widgets("main");
+        const cell = open.content.widgets.at(-1);
+        return [cell.model.executionCount, cell.outputHidden, cell.outputArea.node.innerText.trim()];
+    """
+    run = """
+        const [open] = window.jupyterapp.shell.widgets("main");
+        open.content.activeCellIndex = open.content.widgets.length - 1;
+        jupyterapp.commands.execute('notebook:run-cell');
+    """
+    wait_for("the answer", lambda: page.execute_script(last) == [5, False, answer])
+    page.execute_script(run)
+    wait_for("the answer again", lambda: page.execute_script(last) == [6, False, answer])
 
 
 def test_nothing_comes_from_elsewhere(page):

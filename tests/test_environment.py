@@ -28,8 +28,13 @@ CONDA_NAMES = {
 }
 CONDA_BRINGS = {"nvidia-cuda-runtime-cu12", "triton"}
 
+# extras that neither a lab nor its tests need; the Makefile's targets install them
+LATER = ["class", "site"]
+
 REQUIREMENTS = [
-    Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.values()) for line in lines
+    Requirement(line)
+    for lines in (PROJECT["dependencies"], *(EXTRAS[x] for x in EXTRAS if x not in LATER))
+    for line in lines
 ]
 
 
@@ -39,10 +44,10 @@ def pins(kind: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
-INSTALLED = [  # by .ci/setup, on each kind of machine
+INSTALLED = [  # by .ci/setup, or by a target of the Makefile later, on each kind of machine
     (kind, Requirement(line))
     for kind, extras in (("cpu", ("lab", "test")), ("gpu", ("lab", "test", "gpu")))
-    for lines in (PROJECT["dependencies"], *(EXTRAS[extra] for extra in extras))
+    for lines in (PROJECT["dependencies"], *(EXTRAS[extra] for extra in (*extras, *LATER)))
     for line in lines
 ]
 

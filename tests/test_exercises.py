@@ -9,7 +9,7 @@ import torch
 from notebook_files import PATHS, Exercise, exercises, read, run, setup_source
 from right_answers import RIGHT
 
-from siglip_lib.classroom.exercises import grade
+from siglip_lib.classroom.exercises import WrongAnswer, grade, require_exercise
 
 CASES = [
     pytest.param(read(path), exercise, id=f"{path.stem}-{exercise.number}")
@@ -163,6 +163,43 @@ def test_what_equals_everything_is_not_right(number, one):
 @pytest.mark.parametrize("kind", [np.int64, np.float64, float])
 def test_numbers_of_other_types_are_numbers(kind):
     assert grade("00.2", kind(2 * 64 * 16 * 729 * 729)) == "right"
+
+
+def test_a_class_check_raises_its_reason(capsys):
+    require_exercise("00.2", 2 * 64 * 16 * 729 * 729)
+    assert capsys.readouterr().out == "exercise 00.2: right\n"
+    with pytest.raises(WrongAnswer, match=r"^exercise 00\.2: wrong: .+"):
+        require_exercise("00.2", 1)
+    with pytest.raises(WrongAnswer, match=r"^exercise 00\.2: not answered yet$"):
+        require_exercise("00.2", ...)
+
+
+def test_tensors_on_two_devices_are_told_where_to_lie():
+    def mass(maps, boxes, size):
+        return maps * torch.ones(maps.shape, device="meta")
+
+    verdict = grade("11.1", mass)
+    assert verdict.startswith("wrong: your code raised RuntimeError: ")
+    assert verdict.endswith("make new ones where the arguments lie, device=x.device")
+
+    def other(maps, boxes, size):
+        raise RuntimeError("out of order")
+
+    assert grade("11.1", other) == "wrong: your code raised RuntimeError: out of order"
+
+
+@pytest.mark.parametrize("number", ["11.1", "14.3"])
+def test_a_right_answer_may_come_from_a_gpu(number, gpu):
+    notebook, exercise = next(c.values for c in CASES if c.values[1].number == number)
+    moved = f"""
+_plain = {exercise.answer}
+
+
+def {exercise.answer}(*args):
+    moved = [x.to("cuda") if isinstance(x, torch.Tensor) else x for x in args]
+    return _plain(*moved)
+"""
+    assert answer(notebook, exercise, exercise.solution + moved) == "right"
 
 
 def test_an_error_without_a_text():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from notebook_files import ROOT
+from serving import free_port, listens
 
 pytest.importorskip("jupyterlab", reason="needs jupyterlab")
 LAB = [str(ROOT / ".ci/lab"), str(Path(sys.executable).parent)]
@@ -28,12 +29,6 @@ c.IdentityProvider.token = ""
 c.PasswordIdentityProvider.hashed_password = ""
 c.ServerApp.identity_provider_class = "jupyter_server.auth.identity.IdentityProvider"
 """
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 @contextmanager
@@ -60,14 +55,15 @@ def lab(port: int, folder: Path, settings: str):
 
 
 def address(output: Path) -> tuple[int, str]:
-    """Port and token of the address that is printed."""
+    """Port and token of the address that is printed, once it answers."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         told = output.read_text(encoding="utf-8")
-        if found := re.search(r"http://127\.0\.0\.1:(\d+)/lab\?token=(\w{48})\s", told):
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/lab\?token=(\w{48})\s", told)
+        if found and listens(int(found[1])):
             return int(found[1]), found[2]
         time.sleep(0.2)
-    pytest.fail(f"no address was printed:\n{told}")
+    pytest.fail(f"no address was printed, or none that answers:\n{told}")
 
 
 def status(url: str, host: str = "") -> int:

@@ -1,4 +1,4 @@
-"""What the notebooks use beside the model: pictures, timings, widgets, oracles, and checks of exercises."""
+"""What the notebooks use beside the model: pictures, timings, widgets, oracles, predictions, checks of exercises."""
 
 from siglip_lib.classroom.compare import agree, between
 from siglip_lib.classroom.curves import plot_curves
@@ -22,6 +22,7 @@ from siglip_lib.classroom.plots import (
     show,
     show_attention,
 )
+from siglip_lib.classroom.predictions import count_predictions, predict
 from siglip_lib.classroom.sizes import Size, pick_size
 from siglip_lib.classroom.widgets import attention_viewer, search_box
 
@@ -33,6 +34,7 @@ __all__ = [
     "attention_viewer",
     "between",
     "check_exercise",
+    "count_predictions",
     "device_report",
     "draw_idea",
     "draw_tower",
@@ -47,6 +49,7 @@ __all__ = [
     "picture",
     "plot_curves",
     "plot_histogram",
+    "predict",
     "search_box",
     "show",
     "show_attention",

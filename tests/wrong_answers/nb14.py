@@ -57,7 +57,7 @@ WRONG = {
         _clock("a, seconds[1024] / 1024**2"): "take the difference of both sizes",
         _clock("a, k", "statistics.median", "sum"): "first calls left out",
         _clock("a, k", "statistics.median", "max"): "first calls left out",
-        _clock("a, k", "range(5)", "range(1)"): "several times",
+        _clock("a, k", "range(5)", "range(1)"): "at least four times",
         _clock("a, k", "1024):", "1024, 4096):"): "measure at 256 and at 1,024",
         "def start_and_rate(call): return 0.003, 2e-9": "must call",
         _clock("0.003, 2e-9"): "a number fixed",

@@ -23,9 +23,24 @@ class Unanswered(Exception):
     """The exercise's cell is still as it was."""
 
 
+class WrongAnswer(Exception):
+    """An answer that gets no points; the text says why."""
+
+
 def check_exercise(number: str, answer: object) -> None:
     """Print whether ``answer`` solves exercise ``number`` ("01.2"), and if not, what is wrong with it."""
     print(f"exercise {number}: {grade(number, answer)}")
+
+
+def require_exercise(number: str, answer: object) -> None:
+    """Print that ``answer`` solves exercise ``number``; the form of ``check_exercise`` for a class.
+
+    Raises:
+        WrongAnswer: it does not; with what is wrong.
+    """
+    if (verdict := grade(number, answer)) != "right":
+        raise WrongAnswer(f"exercise {number}: {verdict}")
+    print(f"exercise {number}: right")
 
 
 def grade(number: str, answer: object) -> str:
@@ -44,14 +59,19 @@ def grade(number: str, answer: object) -> str:
     except Unanswered:
         return "not answered yet"
     except Exception as error:  # a reader's code may fail in any way; that is an answer too
-        return f"wrong: your code raised {type(error).__name__}{_message(error)}"
+        return f"wrong: your code raised {type(error).__name__}{_message(error)}{_advice(error)}"
     return "right" if problem is None else f"wrong: {problem}"
+
+
+def load_checks() -> None:
+    """Import every check, which else happens when the first answer is graded."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
 
 
 def _check(number: str) -> Callable[[object], str | None]:
     """Return the check of that number."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+    load_checks()
     if number not in _CHECKS:
         there = ", ".join(sorted(_CHECKS))
         raise ValueError(f"number={number!r} is no exercise; there are {there}")
@@ -66,6 +86,14 @@ def _message(error: Exception) -> str:
         return ""
 
 
+def _advice(error: Exception) -> str:
+    """Return what to do about tensors on two devices, which torch's message does not say; empty for other errors."""
+    text = _message(error) if isinstance(error, RuntimeError) else ""
+    if "same device" not in text and "expected device" not in text:
+        return ""
+    return "; the check brings tensors on the CPU: make new ones where the arguments lie, device=x.device"
+
+
 def _of_plain_values(answer: object) -> object:
     """Return an answer as plain values, or a function that gives such."""
     is_kernel = hasattr(answer, "fn")  # it is launched, and not called
@@ -75,7 +103,10 @@ def _of_plain_values(answer: object) -> object:
 
 
 def _plain(value: object) -> object:
-    """Return a value made of Python's own numbers, strings and sequences; others could say that they equal anything."""
+    """Return a value made of Python's own numbers, strings and sequences; others could say that they equal anything.
+
+    Tensors of a GPU come to the CPU, where the checks' own are.
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool):
@@ -88,7 +119,8 @@ def _plain(value: object) -> object:
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, torch.Tensor):  # of a class that may answer for torch's functions
-        return value.as_subclass(torch.Tensor)
+        value = value.as_subclass(torch.Tensor)
+        return value.cpu() if value.is_cuda else value
     for kind in (tuple, list):
         if isinstance(value, kind):
             return kind(map(_plain, kind.__iter__(value)))

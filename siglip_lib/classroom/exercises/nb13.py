@@ -179,7 +179,7 @@ def causal(answer) -> str | None:
         rows = found.isnan().any(1).nonzero()
         if len(rows):
             row = int(rows[0, 0])
-            return f"query {row} becomes nan: it has no key in the first block, and each must see key 0 and itself"
+            return f"query {row} becomes nan: your mask leaves it no key in the first block; key 0 is for every query"
         if reason := first_match(found, mistakes):
             return reason
         row = int((found - right).abs().amax(1).argmax())
@@ -189,5 +189,5 @@ def causal(answer) -> str | None:
         return "right for small scores; with scores in the thousands it is not: does a forbidden score raise m?"
     held = max(shape[1] for shape in made.shapes if len(shape) == 2 and shape[0] == 23)
     if held > block:
-        return f"right, but {held} scores of a query were held at once; a block has {block}"
+        return f"right, but a tensor of (23, {held}) was held at once, scores or a mask; a block has {block} columns"
     return None

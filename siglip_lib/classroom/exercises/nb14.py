@@ -82,7 +82,7 @@ def start_and_rate(answer) -> str | None:
     if set(sizes) != {256, 1024}:
         return "your function must call the one that it measures, at 256 and at 1,024 pairs"
     if min(map(sizes.count, (256, 1024))) < 4:
-        return "time each size several times: any one call may be disturbed"
+        return "call it at least four times at each size: the first call is left out, and a median needs three others"
     # a real clock is a little late now and then
     same = near(1e-6 if was_read else 0.15)
 
