@@ -1,7 +1,7 @@
 """Captioning: what a stage trains and what not, what a captioner reads, and what it is asked."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -172,6 +172,19 @@ def test_a_captioner_reads_picture_then_question_and_pays_for_the_answer(caption
     assert_close(before[:, :-5], captioner.prefix(batch["thumbnail"], tiles, (1, 2)))
 
 
+def test_several_questions_about_a_picture_are_as_one_each(captioner):
+    batch, about = asked(4), torch.tensor([2, 0, 2, 1])
+    pictures, tiles = torch.randn(3, 3, 64, 64), torch.randn(3, 2, 3, 64, 64)
+    repeated = batch | {"thumbnail": pictures[about], "tiles": tiles[about]}
+    shared = batch | {"thumbnail": pictures, "tiles": tiles, "about": about}
+    learned = [p for p in captioner.parameters() if p.requires_grad]
+    found = []
+    for one in (shared, repeated):
+        loss = captioner(**one, grid=(1, 2))
+        found.append((loss, *torch.autograd.grad(loss, learned)))
+    assert_close(*found)
+
+
 def test_the_tower_of_a_captioner_is_frozen_and_not_stored(captioner):
     captioner(**asked()).backward()
     assert all(p.grad is None for p in captioner.prefix.vision.parameters())
@@ -231,15 +244,19 @@ def test_each_answer_is_the_name_of_what_stands_there(tokenizer):
     emoji = load_emoji64()
     places = split(emoji).train
     for grid in (1, 2, 4):
-        draw = Questions(emoji, places, tokenizer, grids=(grid,), batch=16)
+        draw = Questions(emoji, places, tokenizer, grids=(grid,), batch=32)
         batch = draw(3)
         ((scenes, concept),) = draw.scenes(3)
-        assert scenes.shape == (16, 3, 64, 64)
+        assert scenes.shape == (32 // grid**2, 3, 64, 64)
         assert_close(batch["thumbnail"], scenes)
         asked_for = tokenizer.decode(batch["prompts"])
-        cells = [questions(grid).index(text) for text in asked_for]
-        assert set(cells) == set(range(grid**2))
-        names = [emoji.names[concept[i, cell]] for i, cell in enumerate(cells)]
+        asked_of = [
+            (i, questions(grid).index(text))
+            for i, text in zip(batch["about"].tolist(), asked_for, strict=True)
+        ]
+        # each place of each scene, once
+        assert sorted(asked_of) == list(product(range(len(scenes)), range(grid**2)))
+        names = [emoji.names[concept[i, cell]] for i, cell in asked_of]
         assert torch.equal(batch["answers"], tokenizer(names))
         assert torch.isin(concept, emoji.concept[places]).all()
 
@@ -247,7 +264,7 @@ def test_each_answer_is_the_name_of_what_stands_there(tokenizer):
 def test_a_drawing_stands_in_the_cell_of_its_row_and_column(tokenizer):
     emoji = load_emoji64()
     seen = split(emoji).seen  # one drawing of each concept
-    draw = Questions(emoji, seen, tokenizer, grids=(4,), batch=2, tiles=4)
+    draw = Questions(emoji, seen, tokenizer, grids=(4,), batch=32, tiles=4)
     ((scenes, concept),) = draw.scenes(0)
     assert scenes.shape == (2, 3, 256, 256)
     for cell in range(16):
@@ -263,7 +280,7 @@ def test_a_drawing_stands_in_the_cell_of_its_row_and_column(tokenizer):
 
 def test_questions_follow_from_seed_and_number(tokenizer):
     emoji = load_emoji64()
-    made = dict(grids=(1, 2), batch=8, strength=1.0)
+    made = dict(grids=(1, 2), batch=16, strength=1.0)
     first, again, other = (
         Questions(emoji, split(emoji).train, tokenizer, **made, seed=seed) for seed in (0, 0, 1)
     )
@@ -273,8 +290,9 @@ def test_questions_follow_from_seed_and_number(tokenizer):
     assert not torch.equal(four, next_four)
     assert not torch.equal(first(5)["answers"], other(5)["answers"])
     prompts = tokenizer.decode(first(5)["prompts"])
-    assert prompts[:4] == ["what is this"] * 4
-    assert set(prompts[4:]) == set(questions(2))
+    assert prompts == ["what is this"] * 8 + questions(2) * 2
+    assert first(5)["about"].tolist() == [*range(8), *[8] * 4, *[9] * 4]
+    assert len(first(5)["thumbnail"]) == 10
 
 
 def test_every_drawing_comes_once(tokenizer):
@@ -299,10 +317,13 @@ def test_questions_and_answers_fit_their_tokens(tokenizer):
 def test_questions_that_do_not_fit(tokenizer):
     emoji = load_emoji64()
     places = split(emoji).train
-    with pytest.raises(ValueError, match="batch=7 must be a multiple of 2"):
-        Questions(emoji, places, tokenizer, grids=(1, 2), batch=7)
+    for batch, grids, whole in ((12, (1, 2), 8), (24, (4,), 16), (8, (1, 2, 4), 48)):
+        with pytest.raises(ValueError, match=f"batch={batch} must be a multiple of {whole}: "):
+            Questions(emoji, places, tokenizer, grids=grids, batch=batch)
+    with pytest.raises(ValueError, match="grid"):
+        Questions(emoji, places, tokenizer, grids=(0,), batch=8)
     short = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", 16)
     with pytest.raises(ValueError, match="16 tokens, not 17"):
-        Questions(emoji, places, short, grids=(1,), batch=7)
+        Questions(emoji, places, short, grids=(1,), batch=8)
     with pytest.raises(ValueError, match="scenes has shape"):
         cut_scenes(torch.zeros(3, 64, 64), 1)

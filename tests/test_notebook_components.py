@@ -359,13 +359,14 @@ def test_captioner_equals_the_librarys():
     library = randomized(Captioner(tower, **sizes))
     mine = own["MyCaptioner"](tower, **sizes)
     mine.load_state_dict(library.state_dict(), strict=True)
-    scenes = torch.randn(4, 3, 256, 256)
+    scenes, about = torch.randn(3, 3, 256, 256), torch.tensor([2, 0, 2, 1])
     thumbnail, tiles = cut_scenes(scenes, 2)
     torch.testing.assert_close(torch.stack([own["my_cut"](scene, 2) for scene in scenes]), tiles)
     answers = torch.tensor([[3, 4, 1, 1], [2, 1, 1, 1], [5, 6, 7, 1], [8, 8, 8, 8]])
     found = []
     for captioner in (mine, library):
-        loss = captioner(torch.ones(4, 5, dtype=torch.int64), answers, thumbnail, tiles, (2, 2))
+        prompts = torch.ones(4, 5, dtype=torch.int64)
+        loss = captioner(prompts, answers, thumbnail, tiles, (2, 2), about)
         learned = {n: p for n, p in captioner.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(loss, [*learned.values()])
         found.append(dict(zip(learned, gradients, strict=True)) | {"loss": loss.detach()})

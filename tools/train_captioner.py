@@ -27,6 +27,7 @@ from siglip_lib.vl.language_model import caption_loss
 STEPS, STAND_IN = (300, 600, 3_000, 3_000), (20, 20, 100, 0)
 BATCH, TILED_BATCH = 256, 128
 THUMBNAIL = 20  # tokens: 4 rows of 4, each with its newline
+TILED = ("prompts", "answers", "thumbnail", "about", "tiles")  # what a batch with tiles holds
 
 
 def main() -> None:
@@ -59,20 +60,20 @@ def trained(emoji: Emoji64, seed: int, stand_in: bool) -> Captioner:
     language, adaptor = captioner.language, captioner.prefix.projector
     vectors = [captioner.prefix.image_newline, captioner.prefix.view_seperator]
     draw = partial(Questions, emoji, places, tokenizer, seed=seed, device=device)
-    batch, tiled_batch = (32, 8) if stand_in else (BATCH, TILED_BATCH)
+    batch, tiled_batch = (32, 16) if stand_in else (BATCH, TILED_BATCH)
     plain = draw(grids=(1, 2), batch=batch, strength=1.0)
     tiled = draw(grids=(4,), batch=tiled_batch, tiles=4)
 
-    def blind(prompts: Tensor, answers: Tensor, thumbnail: Tensor) -> Tensor:
+    def blind(prompts: Tensor, answers: Tensor, thumbnail: Tensor, about: Tensor) -> Tensor:
         nothing = language.token_embed.weight.new_zeros(
-            len(thumbnail), THUMBNAIL, language.norm.normalized_shape[0]
+            len(prompts), THUMBNAIL, language.norm.normalized_shape[0]
         )
         before = torch.cat((nothing, language.token_embed(prompts)), dim=1)
         return caption_loss(language.caption_logits(before, answers), answers)
 
-    def both(prompts: Tensor, answers: Tensor, thumbnail: Tensor, **others: Tensor) -> Tensor:
-        other = {name.removeprefix("tiled_"): tensor for name, tensor in others.items()}
-        return captioner(prompts, answers, thumbnail) + captioner(**other, grid=(4, 4))
+    def both(**batches: Tensor) -> Tensor:
+        other = {name: batches.pop(f"tiled_{name}") for name in TILED}
+        return captioner(**batches) + captioner(**other, grid=(4, 4))
 
     def both_kinds(step: int) -> dict[str, Tensor]:
         return plain(step) | {f"tiled_{name}": tensor for name, tensor in tiled(step).items()}
@@ -102,7 +103,7 @@ def shares(emoji: Emoji64, captioner: Captioner, stand_in: bool) -> dict[str, Sh
         found[name] = share_right(captioner, every_drawing(emoji, some, tokenizer, device))
     for name, grid, tiles in (("one of four", 2, 1), ("one of 16, tiles", 4, 4)):
         draw = Questions(
-            emoji, parts.seen, tokenizer, grids=(grid,), batch=40, tiles=tiles, device=device
+            emoji, parts.seen, tokenizer, grids=(grid,), batch=48, tiles=tiles, device=device
         )
         batches = map(draw, range(1 if stand_in else 50))
         found[name] = share_right(captioner, batches, (tiles, tiles))

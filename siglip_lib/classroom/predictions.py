@@ -30,6 +30,7 @@ _CAME_TRUE = {
     "12": "c c c* c* c* c a c* c* b c b b*",
     "13": "c a b b c* c* b* b* c* b b c*",
     "14": "b b b b b c c* b b a",
+    "15": "b b* b b b c a b* b* abc* b* b* b",
 }
 _OFFERED = {"05.7": "abcdef", "10.5": "abcde"}  # all others offer a, b and c
 

@@ -35,7 +35,8 @@ class Captioner(nn.Module):
         vocab_size, context_length, width, depth, num_heads: of the language model.
 
     Shapes: prompts (B, P) and answers (B, T), token ids that ``</s>`` fills up; thumbnail, tiles and grid as for
-    ``VisualPrefix``.
+    ``VisualPrefix``, of S pictures; about (B,), which of them each question is about. Without it each picture has one
+    question, and S is B.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class Captioner(nn.Module):
         thumbnail: Tensor,
         tiles: Tensor | None = None,
         grid: tuple[int, int] = (1, 1),
+        about: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of the answers; nothing before them counts."""
-        before = self.read(prompts, thumbnail, tiles, grid)
+        before = self.read(prompts, thumbnail, tiles, grid, about)
         return caption_loss(self.language.caption_logits(before, answers), answers)
 
     def read(
@@ -69,9 +71,12 @@ class Captioner(nn.Module):
         thumbnail: Tensor,
         tiles: Tensor | None = None,
         grid: tuple[int, int] = (1, 1),
+        about: Tensor | None = None,
     ) -> Tensor:
         """Return what stands before an answer (B, N + P, E): the N tokens of the picture, then the prompt's."""
-        seen = self.prefix(thumbnail, tiles, grid)
+        seen = self.prefix(thumbnail, tiles, grid)  # (S, N, E), each picture read once
+        if about is not None:
+            seen = seen.index_select(0, about)
         return torch.cat((seen, self.language.token_embed(prompts)), dim=1)
 
     def trained_state(self) -> dict[str, Tensor]:

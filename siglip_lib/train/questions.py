@@ -1,5 +1,6 @@
 """Questions about scenes of emoji64, with their answers: what a captioner is trained on and tested with."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -69,21 +70,23 @@ def every_drawing(
 
 
 class Questions:
-    """Scenes with a question each, all of which follow from the seed and a number alone.
+    """Scenes that are asked for each of their places, all of which follow from the seed and a number alone.
+
+    So the tower reads a scene once for all of its questions, and between them only question and answer differ.
 
     Args:
         emoji: the drawings and their names.
         places: (n,) which of the drawings to show; each of their concepts is equally likely.
         tokenizer: of questions and answers, ``QUESTION`` tokens long.
-        grids: drawings along a side of the scenes; each kind has its equal part of a batch.
-        batch: scenes, a multiple of the number of kinds.
+        grids: drawings along a side of the scenes; each kind has its equal part of the questions.
+        batch: questions; of each kind there are ``batch / len(grids) / grid ** 2`` scenes, a whole number.
         tiles: tiles along a side that each scene is cut into.
         strength: of the augmentation, see ``augment``; 0 for drawings as they are, on white.
         seed: of what is drawn.
         device: where scenes and tokens are needed.
 
     Raises:
-        ValueError: the batch is no such multiple, or the tokenizer has another length.
+        ValueError: the scenes are no whole number, or the tokenizer has another length.
     """
 
     def __init__(
@@ -99,9 +102,10 @@ class Questions:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if positive_int("batch", batch) % len(grids):
+        whole = len(grids) * math.lcm(*(positive_int("grid", grid) ** 2 for grid in grids))
+        if positive_int("batch", batch) % whole:
             raise ValueError(
-                f"batch={batch} must be a multiple of {len(grids)}, the kinds of scenes"
+                f"batch={batch} must be a multiple of {whole}: {len(grids)} kinds of scenes, of equally many questions"
             )
         if tokenizer.context_length != QUESTION:
             raise ValueError(
@@ -117,27 +121,27 @@ class Questions:
         self.names = tokenizer(emoji.names)  # (concepts, QUESTION)
 
     def scenes(self, number: int) -> list[tuple[Tensor, Tensor]]:
-        """Return for each kind its scenes (B, 3, side, side) in [-1, 1], and which concept stands where (B, cells)."""
+        """Return for each kind its scenes (S, 3, side, side) in [-1, 1], and which concept stands where (S, cells)."""
         # torch's generator looks at 32 bits of a seed: two numbers can't be packed into it by hand
         seed = np.random.SeedSequence((self._seed, number)).generate_state(1).item()
         generator = torch.Generator().manual_seed(seed)
         return [self._scenes(grid, generator) for grid in self.grids]
 
     def __call__(self, number: int) -> dict[str, Tensor]:
-        """Return what ``Captioner`` takes: prompts and answers (B, QUESTION), thumbnail, and tiles if there are any."""
+        """Return what ``Captioner`` takes: prompts and answers (B, QUESTION), thumbnail, about, and tiles if any."""
         kinds = self.scenes(number)
-        # which cell is asked for goes round, so that each is asked for as often
-        prompts, answers = [], []
+        prompts, answers, asked_for = [], [], []  # scene by scene, and of each scene cell by cell
         for grid, (_, concept) in zip(self.grids, kinds, strict=True):
-            rows = torch.arange(len(concept))
-            cell = (rows + number) % grid**2
-            prompts.append(self._asked[grid][cell])
-            answers.append(self.names[concept[rows, cell]])
+            prompts.append(self._asked[grid].repeat(len(concept), 1))
+            answers.append(self.names[concept.flatten()])
+            asked_for += [grid**2] * len(concept)
+        about = torch.arange(len(asked_for)).repeat_interleave(torch.tensor(asked_for))
         views = [cut_scenes(scenes, self.tiles) for scenes, _ in kinds]
         batch = {
             "prompts": torch.cat(prompts).to(self._device),
             "answers": torch.cat(answers).to(self._device),
             "thumbnail": torch.cat([thumbnail for thumbnail, _ in views]),
+            "about": about.to(self._device),
         }
         if self.tiles > 1:
             batch["tiles"] = torch.cat([tiles for _, tiles in views])
@@ -145,11 +149,11 @@ class Questions:
 
     def _scenes(self, grid: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw scenes as sharp as the tiles need them."""
-        shape = self._batch // len(self.grids), grid**2
+        shape = self._batch // len(self.grids) // grid**2, grid**2
         row = torch.randint(len(self._concept), shape, generator=generator)
         chance = torch.rand(shape, generator=generator, dtype=torch.float64)
         which = self._first[row] + (chance * self._number[row]).long()
-        rgba = self._pictures[which.flatten().to(self._pictures.device)]  # (B * cells, 4, 64, 64)
+        rgba = self._pictures[which.flatten().to(self._pictures.device)]  # (S * cells, 4, 64, 64)
         if self._strength:
             draws = torch.rand(len(rgba), DRAWS, generator=generator).to(rgba.device)
             cells = augment(rgba, draws, self._strength)
