@@ -45,17 +45,17 @@ def shipped() -> tuple[SigLIP, Tokenizer, Emoji64, Tensor]:
 
 
 @cache
-def scenes(count: int) -> Scenes:
-    """Scenes of four drawings that no training saw: 400 are those of notebook 11, and 100 those of 15."""
+def scenes(count: int = 400) -> Scenes:
+    """Scenes of four drawings that no training saw: of 400, notebook 11's; of 100, notebook 15's."""
     emoji = shipped()[2]
     seen = split(emoji).seen
     drawn = torch.Generator().manual_seed(0)
     return make_scenes(emoji.pictures[seen], emoji.concept[seen], count, size=64, generator=drawn)
 
 
-def scene_names(some: Scenes, number: int) -> list[str]:
+def scene_names(number: int, count: int = 400) -> list[str]:
     names = shipped()[2].names
-    return [" · ".join(names[i] for i in row) for row in some.concept[:number].tolist()]
+    return [" · ".join(names[i] for i in row) for row in scenes(count).concept[:number].tolist()]
 
 
 def all_drawings() -> str:
@@ -116,18 +116,16 @@ def photographs() -> str:
 
 
 def four_drawings() -> str:
-    some = scenes(400)
-    names = scene_names(some, 8)
-    return _viewer(attention_viewer(shipped()[0].image, some.pixels[:8], names=names))
+    return _viewer(attention_viewer(shipped()[0].image, scenes().pixels[:8], names=scene_names(8)))
 
 
 def captioned_scene() -> str:
     """Notebook 15's captioner, its first scene and its first question."""
-    captioner, some = load_captioner(shipped()[0].image), scenes(100)
+    captioner = load_captioner(shipped()[0].image)
     tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", QUESTION)
     box = caption_viewer(
-        captioner.prefix, captioner.language, tokenizer, some.pixels[:8], questions(2),
-        names=scene_names(some, 8),
+        captioner.prefix, captioner.language, tokenizer, scenes(100).pixels[:8], questions(2),
+        names=scene_names(8, 100),
     )  # fmt: skip
     menus, result = box.children
     return _still(
