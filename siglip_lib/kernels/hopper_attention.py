@@ -77,7 +77,7 @@ class Roles:
 
 # Scores, weights and output of 64 queries take 32 + 16 + head_dim / 2 registers of a thread
 ROLES = {
-    64: Roles(4, 9, 112),
+    64: Roles(4, 10, 112),
     72: Roles(4, 7, 112),
     80: Roles(3, 8, 160),
     96: Roles(3, 6, 160),
