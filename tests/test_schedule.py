@@ -101,7 +101,8 @@ MISTAKES = {
         "yield Arrive(self.full[stage], copies=2)", "yield Arrive(self.full[stage], copies=1)", Race, r"[kv]\[.\] is"),
     "a stage is given back while products read it": (
         "yield Finish(Product)\n                yield Arrive(self.empty[stage])",
-        "yield Arrive(self.empty[stage])\n                yield Finish(Product)", Race, r"producer: [kv]\[.\] is overwritten"),
+        "yield Arrive(self.empty[stage])\n                yield Finish(Product)", Race,
+        r"producer: [kv]\[.\] is overwritten"),
     "a stage is never given back": (
         "                yield Arrive(self.empty[stage])\n                if block", "                if block",
         Deadlock, r"producer waits for empty\[.\]"),
