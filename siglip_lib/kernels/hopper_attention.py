@@ -496,19 +496,39 @@ def descriptors(x: Tensor) -> list[TensorDescriptor | None]:
     """What the TMA unit needs to copy 64 rows of a head: of its first 64 channels, and of the others, None without.
 
     Args:
-        x: (B, N, n, head_dim), contiguous.
+        x: (B, N, n, head_dim), contiguous, at an address that is a multiple of 16.
     """
-    dim = x.shape[-1]
-    widths = [64] if dim == 64 else [64, max(16, dim - 64)]
-    found: list[TensorDescriptor | None] = [None, None]
-    for i, width in enumerate(widths):
-        layout = gl.NVMMASharedLayout(2 * width, 16, 4)
-        found[i] = TensorDescriptor(
-            x, list(x.shape), list(x.stride()), [1, _ROWS.value, 1, width], layout
-        )
+    if x.data_ptr() % 16:
+        raise ValueError("a tensor begins at an address that is no multiple of 16: clone() it")
+    return [made and _at_address(made, x) for made in _described(x.shape, x.dtype)]
+
+
+def _at_address(descriptor: TensorDescriptor, x: Tensor) -> TensorDescriptor:
+    """Return a copy for a tensor of the same shape; its own constructor takes several times as long."""
+    found = object.__new__(TensorDescriptor)
+    found.__dict__.update(descriptor.__dict__, base=x)
     return found
 
 
+@functools.lru_cache(maxsize=32)
+def _described(shape: torch.Size, dtype: torch.dtype) -> list[TensorDescriptor | None]:
+    # kept, since to make one takes Python longer than to launch a kernel
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    rest = [max(16, shape[-1] - 64)] if shape[-1] > 64 else []
+    made = [
+        TensorDescriptor(
+            x,
+            list(shape),
+            list(x.stride()),
+            [1, _ROWS.value, 1, width],
+            gl.NVMMASharedLayout(2 * width, 16, 4),
+        )
+        for width in (64, *rest)
+    ]
+    return made if rest else [*made, None]
+
+
+@functools.lru_cache(maxsize=64)
 def constants_of(dim: int, heads: int, tokens: int, exact: bool) -> dict[str, int | bool]:
     """Return what the kernel is compiled with, beside its arguments."""
     roles = ROLES[dim]
@@ -534,10 +554,14 @@ def _multiprocessors(device: int) -> int:
 
 
 def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    # float16 has not the range for the other form
+    return _launch(qkv, scale, exact=qkv.dtype == torch.float16)
+
+
+def _launch(qkv: Tensor, scale: float, exact: bool) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, dim = qkv.shape
     out, lse = _forward_fake(qkv, scale)
     padded, scale = lse.shape[2], scale * math.log2(math.e)
-    exact = qkv.dtype == torch.float16  # its weights would overflow
     constants = constants_of(dim, heads, tokens, exact)
     tiles = triton.cdiv(tokens, _ROWS.value * constants["CONSUMERS"]) * batch * heads
     packed = qkv.view(batch, tokens, 3 * heads, dim)
