@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from siglip_lib.classroom import hopper_schedule
 from siglip_lib.classroom.hopper_schedule import Costs, attention
-from siglip_lib.classroom.schedule import Arrive, Barrier, Buffer, Deadlock, Race, Sums, Wait, run
+from siglip_lib.classroom.schedule import (
+    Arrive,
+    Barrier,
+    Buffer,
+    Deadlock,
+    Race,
+    Span,
+    Sums,
+    Wait,
+    busy_shares,
+    run,
+)
 
 
 def draw(pairs, tokens, channels=8):
@@ -67,6 +78,11 @@ def test_work_is_counted():
         "exponential": blocks * 4,
         "copy": 2 * (3 + 2 * blocks + 3),
     }
+
+
+def test_busy_shares():
+    spans = [Span("a", "copy", 0, 4), Span("b", "product", 4, 6), Span("b", "product", 6, 8)]
+    assert busy_shares(spans) == {"copy": 0.5, "product": 0.5, "exponential": 0.0}
 
 
 def test_more_consumers_hide_more():

@@ -194,6 +194,14 @@ def run(roles: dict[str, Generator], latency: float = 600.0) -> list[Span]:
     return spans
 
 
+def busy_shares(spans: list[Span]) -> dict[str, float]:
+    """Return the share of the time, up to the last end, in which each unit was busy."""
+    end, busy = max(span.end for span in spans), dict.fromkeys(_UNITS.values(), 0.0)
+    for span in spans:
+        busy[span.unit] += span.end - span.start
+    return {unit: time / end for unit, time in busy.items()}
+
+
 def _can_go(state: _State) -> bool:
     return not isinstance(state.step, Wait) or state.step.barrier.ended(state.step.parity)
 

@@ -124,7 +124,7 @@ def library_launches(
 
 
 def hopper_launches(dims: Sequence[int] = TRITON_HEAD_DIMS, tokens: int = 729) -> dict[str, Launch]:
-    """Return a launch of each form of the kernel for Hopper, for each head_dim: as ``library_launches``."""
+    """Return a launch of each kernel for Hopper alone, for each head_dim: as ``library_launches``."""
     # Gluon is experimental, and no other report needs it
     from siglip_lib.kernels import hopper_attention
 
@@ -140,6 +140,11 @@ def hopper_launches(dims: Sequence[int] = TRITON_HEAD_DIMS, tokens: int = 729) -
             found[f"{name} {dim}"] = Launch(
                 hopper_attention._hopper_kernel, (9, 0), given, constants
             )
+        constants = flash_attention.constants_of("forward", dim, 16, tokens, (9, 0))
+        given = (torch.bfloat16, torch.bfloat16, torch.float32, 0.1, *sizes[:2])
+        found[f"hopper redo {dim}"] = Launch(
+            hopper_attention._redo_kernel, (9, 0), given, constants
+        )
     return found
 
 
