@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton.experimental.gluon")
 
 from test_kernels_flash_attention import assert_good, draw, results
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from siglip_lib.base.offers import TRITON_HEAD_DIMS as HEAD_DIMS
 from siglip_lib.kernels import flash_attention, hopper_attention
@@ -145,6 +146,21 @@ def test_what_is_refused(change, message):
     qkv = torch.empty(1, 4, 3, 2, 72, dtype=torch.bfloat16)
     with pytest.raises((TypeError, ValueError), match=message):
         hopper_attention.hopper_attention(change(qkv))
+
+
+def test_other_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(flash_attention, "_capability", lambda device: (8, 6))
+    with FakeTensorMode(), pytest.raises(ValueError, match="of compute capability 9"):
+        hopper_attention.hopper_attention(
+            torch.empty(1, 4, 3, 2, 72, dtype=torch.bfloat16, device="cuda")
+        )
+
+
+def test_an_address_that_can_not_be_copied_from():
+    x = torch.empty(4 * 6 * 72 + 1, dtype=torch.bfloat16)
+    assert hopper_attention.descriptors(x[:-1].view(1, 4, 6, 72))
+    with pytest.raises(ValueError, match="multiple of 16"):
+        hopper_attention.descriptors(x[1:].view(1, 4, 6, 72))
 
 
 @pytest.fixture

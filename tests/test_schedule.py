@@ -80,6 +80,26 @@ def test_work_is_counted():
     }
 
 
+def test_what_waits_for_what():
+    """By hand, of one consumer with two blocks of keys, a stage for each: what is read has arrived, and is finished."""
+    costs = Costs(scores=16, values=8, exponentials=4, copy=2, latency=10)
+    _, spans = attention(*draw(1, 8), rows=4, consumers=1, stages=2, parts=1, costs=costs)
+    found = [(s.start, s.end, s.unit) for s in spans if s.role == "consumer 0"][:6]
+    assert found == [
+        (16, 32, "product"),  # scores: the values of the stage end at 6, and arrive 10 later
+        (32, 36, "exponential"),
+        (36, 44, "product"),
+        (44, 60, "product"),  # of the second block
+        (60, 64, "exponential"),
+        (64, 72, "product"),
+    ]
+    copies = [s.start for s in spans if s.role == "producer"]
+    assert copies[:6] == [0, 2, 4, 6, 8, 10]  # queries, two stages, and the next queries
+    assert (
+        copies[6] == 60
+    )  # into the first stage again, once the products that read it are finished
+
+
 def test_busy_shares():
     spans = [Span("a", "copy", 0, 4), Span("b", "product", 4, 6), Span("b", "product", 6, 8)]
     assert busy_shares(spans) == {"copy": 0.5, "product": 0.5, "exponential": 0.0}
