@@ -200,8 +200,6 @@ def _consumer(
                 stage = ahead
                 ahead, phase = _next(stage, phase, STAGES)
                 m, total, o = _softmax_and_values(s, m, total, o, _at(v, stage), scale, REST, EXACT)
-                # this wait is a branch, over which the assembler moves no wait for products: without it, it would move
-                # the next one before the exponentials
                 mbarrier.wait(full.index(ahead), phase)
                 s, o = _wait(_scores(_at(q, here), _at(k, ahead), _ROWS, REST), o, REST)
                 mbarrier.arrive(empty.index(stage), count=1)
