@@ -184,9 +184,8 @@ def _consumer(
     ahead, phase = _next(0, 0, STAGES)  # of the block after it
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         here = (turn & 1) * CONSUMERS + INDEX
-        other = (
-            CONSUMERS - here + 2 * INDEX
-        )  # where the queries of the tile before were, and of the next will be
+        # where the queries of the tile before were, and those of the next will be
+        other = CONSUMERS - here + 2 * INDEX
         m, total, p = _first_weights(tail, mask, scale, TAIL)
         o = _values(p, _at(v, stage), 0, _zeros(REST), REST)
         if MANY:
