@@ -59,7 +59,7 @@ class: $(VENV)/class-ready  ## assignments for nbgrader, from the notebooks: han
 grade: $(VENV)/class-ready  ## what lies in build/class/submitted/STUDENT/NOTEBOOK/: grades.csv, and feedback with reasons
 	$(BIN)/python tools/grade_class.py
 
-test-class: $(VENV)/class-ready  ## both with the real nbgrader, on three submissions: about two minutes
+test-class: $(VENV)/class-ready  ## both with the real nbgrader, on three submissions: about four minutes
 	$(BIN)/pytest --durations=5 tests/test_class.py
 
 site: $(VENV)/site-ready $(NPM)  ## the website, from the stored outputs, into build/site: two minutes; needs npm on first use
