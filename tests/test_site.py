@@ -401,9 +401,13 @@ def test_the_search_finds_layer_scale_by_keyboard_alone(browser):
 
 def test_a_search_quotes_a_pages_text_and_not_its_menus(browser):
     browser.open("search.html?q=flash+attention")
-    quoted = wait_for("quotes", lambda: [p.text for p in browser.all_of("ul.search p.context")])
-    assert any("flash" in text for text in quoted)
-    assert not [text for text in quoted if "System Settings" in text]
+
+    def quotes() -> list[str]:
+        return [p.text for p in browser.all_of("ul.search p.context")]
+
+    # they come one after the other
+    wait_for("a quote of the words", lambda: any("flash" in text for text in quotes()))
+    assert not [text for text in quotes() if "System Settings" in text]
 
 
 def test_a_picture_that_a_phone_makes_smaller_opens_at_its_size(browser):
