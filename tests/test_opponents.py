@@ -117,6 +117,43 @@ def test_the_output_is_returned_alone(name, form, install):
     assert calls == [[(1, 2, 3, 8)] * 3]
 
 
+def eager(q, k, v, softmax_scale=None):
+    """Attention as the packages have it, and the logsumexp that some return beside."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    s = scale * torch.einsum("bqhd, bkhd -> bhqk", q, k)
+    return torch.einsum("bhqk, bkhd -> bqhd", s.softmax(-1), v), s.logsumexp(-1)
+
+
+@pytest.mark.parametrize(("dim", "filled"), [(64, 64), (72, 96), (80, 96), (128, 128), (8, 32)])
+@pytest.mark.parametrize("learned", [(), ("q",), ("k",), ("v",), ("q", "k", "v")])
+@names
+def test_heads_are_filled_up_where_gradients_would_be_wrong(name, learned, dim, filled, install):
+    widths = []
+
+    def attention(q, k, v, softmax_scale=None):
+        widths.append([x.shape[-1] for x in (q, k, v)])
+        return eager(q, k, v, softmax_scale)
+
+    install(BOTH, attention=attention)
+    opponent = OPPONENTS[name]
+    inputs = dict(zip("qkv", torch.randn(3, 2, 5, 3, dim, dtype=torch.float64), strict=True))
+    for x in learned:
+        inputs[x].requires_grad_()
+    opponents._fine.add((opponent.package, inputs["q"].device, torch.float64, dim))
+    found, (wanted, _) = opponent(**inputs), eager(**inputs)
+    padded = name == "flash-attn 4" and learned
+    assert widths == [[filled if padded else dim] * 3]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    if learned:
+        leaves = [inputs[x] for x in learned]
+        incoming = torch.randn_like(wanted)
+        gradients = (torch.autograd.grad(x, leaves, incoming) for x in (found, wanted))
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+        with torch.no_grad():
+            opponent(**inputs)
+        assert widths[1] == [dim] * 3  # the forward pass alone has its own kernel
+
+
 def test_what_is_missing_is_asked_for_again_and_what_ran_is_not(install, monkeypatch):
     install({}, attention=lambda q, k, v: v)
     opponent, x = OPPONENTS["flash-attn 4"], torch.zeros(1, 2, 1, 8)

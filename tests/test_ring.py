@@ -5,14 +5,16 @@ So are those of the ring's contenders.
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run_group
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from siglip_lib.siglip import loss_pairs, ring_loss
+from siglip_lib.siglip import loss_pairs, ring_loss, ring_softmax
 from siglip_lib.siglip.gathered_loss import chunked_sigmoid_loss, gathered_sigmoid_loss
 from siglip_lib.siglip.loss_pairs import Pairs
 from siglip_lib.siglip.losses import plain_sigmoid_loss, plain_softmax_loss
@@ -267,6 +269,34 @@ def test_texts_travel_while_a_block_is_computed_and_few_at_a_time(monkeypatch):
     one = 4 * 2 * 4  # bytes of four texts, or of their gradient
     # the first texts have nothing with them, and at the last rank of each round only the gradient goes on
     assert held == [one, 2 * one, one, 2 * one, 2 * one, one, one]
+
+
+class Blocks(TorchDispatchMode):
+    """Counts how many tensors of a size are held together at most; views of one count once."""
+
+    def __init__(self, nbytes):
+        super().__init__()
+        self.nbytes, self.known, self.most = nbytes, set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() == self.nbytes:
+            storage = out.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.known.add(storage.data_ptr())
+                weakref.finalize(storage, self.known.discard, storage.data_ptr())
+                self.most = max(self.most, len(self.known))
+        return out
+
+
+def test_softmax_frees_a_block_before_it_takes_the_next(monkeypatch):
+    """One rank of one: a block's logits and one matrix beside them, in either turn."""
+    for name, value in (("get_rank", 0), ("get_world_size", 1), ("all_reduce", None)):
+        monkeypatch.setattr(dist, name, lambda *args, value=value, **kwargs: value)
+    x = F.normalize(torch.randn(96, 2), dim=1)
+    with Blocks(32 * 32 * 4) as held:
+        ring_softmax._loss_and_gradients(x, x, S, True, 32, None)
+    assert held.most == 2
 
 
 def test_without_a_group_it_says_what_is_missing():

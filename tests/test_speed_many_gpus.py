@@ -2,6 +2,8 @@
 
 import pytest
 import speed_many_gpus
+import torch
+import torch.distributed as dist
 from speed_many_gpus import merged, together
 
 
@@ -27,3 +29,14 @@ def test_without_kernels_nothing_is_said():
 def test_intervals_that_touch_or_lie_near_become_one():
     assert merged([(3, 4), (0, 1), (1, 2)]) == [(0, 2), (3, 4)]
     assert merged([(0, 2), (1, 1.5), (2.5, 3)], gap=0.5) == [(0, 3)]
+
+
+def test_the_largest_batches_stand_one_below_the_other(monkeypatch):
+    lines = []
+    for name, stand_in in (("say", lines.append), ("worst", float), ("draw", lambda *_: None)):
+        monkeypatch.setattr(speed_many_gpus, name, stand_in)
+    monkeypatch.setattr(speed_many_gpus, "forward_backward", lambda function, arguments: [])
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    found = speed_many_gpus.largest(torch.device("cpu"), small=True)
+    assert [one["global_batch"] for one in found.values()] == [512] * 4
+    assert len({line.index("256 pairs a GPU") for line in lines}) == 1, lines

@@ -60,6 +60,7 @@ LOSSES = {
     "gathered, in chunks": chunked_sigmoid_loss,
     "softmax over the ring": ring_softmax_loss,
 }
+WIDEST = max(map(len, LOSSES))  # of their names, which stand one below the other
 
 
 def main() -> None:
@@ -97,7 +98,9 @@ def loss(device: torch.device, small: bool) -> dict:
     found = {}
     for name, function in LOSSES.items():
         found[name] = {"distance": distances(function, device)}
-        say(f"{name:21} distance of loss and gradients from float64: {found[name]['distance']}")
+        say(
+            f"{name:{WIDEST}} distance of loss and gradients from float64: {found[name]['distance']}"
+        )
     each, width = sizes(small)
     batches = {"a GPU": each, "in all": 2 * each // dist.get_world_size()}
     for batch, pairs in batches.items():
@@ -120,7 +123,7 @@ def loss(device: torch.device, small: bool) -> dict:
                 "peak_gib": worst((timing.peak_bytes or 0) / GIB),
             }
             say(
-                f"{name:21} {pairs} pairs a GPU, width {width}, bfloat16: {line(found[name][batch])}"
+                f"{name:{WIDEST}} {pairs} pairs a GPU, width {width}, bfloat16: {line(found[name][batch])}"
             )
         if batch == "a GPU" and dist.get_world_size() > 1:
             for name, call in calls.items():
@@ -234,7 +237,7 @@ def largest(device: torch.device, small: bool) -> dict:
                 torch.cuda.empty_cache()
         total = fits * dist.get_world_size()
         found[name] = {"pairs_per_gpu": fits, "global_batch": total, "ended_by": ended}
-        say(f"{name:13} {fits} pairs a GPU, a batch of {total}; what ended it: {ended}")
+        say(f"{name:{WIDEST}} {fits} pairs a GPU, a batch of {total}; what ended it: {ended}")
     return found
 
 
@@ -332,7 +335,7 @@ def say_travel(name: str, found: dict) -> None:
     if "hidden" in found:
         times = f"{found['ms_without_profiler']:.2f} ms, with the profiler {found['ms_with_profiler']:.2f}"
         say(
-            f"{name:21} {times}: sending and receiving {found['travelling_ms']:.2f}, "
+            f"{name:{WIDEST}} {times}: sending and receiving {found['travelling_ms']:.2f}, "
             f"{found['hidden']:.0%} of it while something is computed"
         )
 

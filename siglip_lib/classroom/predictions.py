@@ -25,11 +25,11 @@ _CAME_TRUE = {
     "07": "b c a a a c a*",
     "08": "c c a c b* a",
     "09": "b b b c c c b* a c b b b*",
-    "10": "c b b c bce* b b* c b* c b c b b",
+    "10": "c b b c bce* b* b b* c b* c b c b b",
     "11": "c c a c a b b a b b c* c* c* b*",
     "12": "c c c* c* c* c a c* c* b c b b*",
     "13": "c a b b c* c* b* b* c* b b c*",
-    "14": "b b b b b c c* b b a",
+    "14": "b b b b b c c* b b c* a",
 }
 # The ids of the cells that measure them.
 _MEASURED_BY = {

@@ -80,6 +80,7 @@ def _loss_and_gradients(
             if source == rank:
                 found, start = logits.diagonal(rows.start - first), max(rows.start, first)
                 right[start : start + len(found)] = found
+                del found  # it lies in the logits
             del logits  # its memory is needed
 
     def differentiate(source: int, first: int, block: Tensor, d_block: Tensor) -> None:
@@ -92,6 +93,7 @@ def _loss_and_gradients(
             )
             del logits
             add_gradients(d_logits, sums.image[rows], block, (sums.d_image[rows], d_block))
+            del d_logits
 
     go_round(sums.text, sums.d_text[:, :0], texts, add_up, group)
     peak = of_columns.peak.clone()

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from siglip_lib.base.checks import finite, positive_int
 from siglip_lib.base.offers import pick_dtype
+from siglip_lib.train.recorded_step import RecordedStep
 
-_EAGER = 3  # steps before a CUDA graph is recorded: libraries set themselves up in the first ones
 _READ = 50  # steps after which losses are read, which waits for the device
 
 
@@ -79,7 +79,6 @@ class _Step:
     ) -> None:
         self._loss, self._trained = loss, trained
         self.device = trained[0].device
-        self._on_gpu = self.device.type == "cuda"
         self._lr = lr
         groups = [
             {"params": some, "lr": torch.tensor(lr, device=self.device), "weight_decay": each}
@@ -90,11 +89,10 @@ class _Step:
             if some
         ]
         self._optimizer = torch.optim.AdamW(
-            groups, betas=(0.9, 0.98), fused=True, capturable=self._on_gpu
+            groups, betas=(0.9, 0.98), fused=True, capturable=self.device.type == "cuda"
         )
         self._inputs: dict[str, Tensor] = {}
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._done = 0
+        self._recorder = RecordedStep(self._optimizer, self.device)
 
     def __call__(self, batch: Mapping[str, Tensor], share: float) -> Tensor:
         """Do the step with a share of the learning rate."""
@@ -104,16 +102,7 @@ class _Step:
             self._inputs = {name: tensor.clone() for name, tensor in batch.items()}
         for name, tensor in batch.items():
             self._inputs[name].copy_(tensor, non_blocking=True)
-        self._done += 1
-        if not self._on_gpu or self._done <= _EAGER:
-            return self._update()
-        if self._graph is None:
-            self._optimizer.zero_grad(set_to_none=True)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._result = self._update()
-        self._graph.replay()
-        return self._result
+        return self._recorder(self._update)
 
     def _update(self) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)

@@ -32,6 +32,7 @@ from siglip_lib.storage.fitting import check_fit, check_plain
 from siglip_lib.storage.writing import replacing
 from siglip_lib.train.batches import Batches
 from siglip_lib.train.recipe import TrainConfig, new_optimizer, schedule
+from siglip_lib.train.recorded_step import RecordedStep
 
 _HALF_A_STEP = "it was broken off within a step, which left the weights half changed"
 _NO_DAMAGE = (OSError, MemoryError, torch.OutOfMemoryError, dist.DistError)
@@ -96,9 +97,7 @@ class Training:
         # what the graph reads: the rows of the current step
         first = self._batches.of_step(0)
         self._inputs = {name: rows[self._rows].clone() for name, rows in first.items()}
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._eager_steps_done = 0
-        self._loss = torch.zeros((), device=device)  # that the graph writes
+        self._recorder = RecordedStep(self.optimizer, device, self._eager_steps, self._stream)
         self._block_losses = torch.zeros(Batches.block, device=device)  # not yet in ``losses``
         self._forward = torch.compile(self._batch_loss) if compile else self._batch_loss
 
@@ -233,7 +232,7 @@ class Training:
 
     def release(self) -> None:
         """Free the CUDA graph; NCCL waits for that where a process group ends. A further step records a new one."""
-        self._graph, self._eager_steps_done = None, 0
+        self._recorder.release()
 
     def _by_name(self, model: Mapping, moments: Mapping) -> dict[str, Tensor]:
         return {f"model.{name}": tensor for name, tensor in model.items()} | {
@@ -296,19 +295,11 @@ class Training:
             group["lr"].fill_(group["highest"] * share)
 
     def _one_step(self) -> Tensor:
-        if self._graph is None:
-            if self.device.type != "cuda" or self._eager_steps_done < self._eager_steps:
-                self._eager_steps_done += 1
-                return self._forward_backward_update()
-            graph = torch.cuda.CUDAGraph()
-            self.optimizer.zero_grad(set_to_none=True)
-            # what other threads do, such as the one that watches over NCCL, must not spoil the recording
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._loss = self._forward_backward_update()
-            self._graph = graph  # recording ran nothing
-        self._damage = _HALF_A_STEP
-        self._graph.replay()
-        return self._loss
+        if (
+            self._recorder.recorded
+        ):  # what isn't replayed says so itself, before it changes a weight
+            self._damage = _HALF_A_STEP
+        return self._recorder(self._forward_backward_update)
 
     def _forward_backward_update(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
