@@ -47,7 +47,7 @@ _MEASURED_BY = {
         "ad3364c4 7b4e9fa2 bf82d3e6 d66378bb"
     ),
     "10": (
-        "0456563e a3fc9c63 fe08a526 c053f4ff c09a1b2d de0ca7ed 6a46cc0a 0290345c "
+        "0456563e a3fc9c63 fe08a526 c053f4ff c09a1b2d c09a1b2f de0ca7ed 6a46cc0a 0290345c "
         "f309dbac 8f4ae891 f0553dbb e8476f80 75e9f484 30edcf03"
     ),
     "11": (
@@ -62,7 +62,7 @@ _MEASURED_BY = {
         "cell-03 cell-09 cell-11 cell-18 cell-30 cell-34 cell-41 cell-44 9cd96323 "
         "cell-63 cell-69 cell-83"
     ),
-    "14": "nb14-5 nb14-10 nb14-13 nb14-17 91d7c3b0 nb14-29 c7d20a3e 0c93d4b8 f8e01b52 nb14-47",
+    "14": "nb14-5 nb14-10 nb14-13 nb14-17 91d7c3b0 nb14-29 c7d20a3e 0c93d4b8 f8e01b52 ad50c1fa nb14-47",
 }
 _OFFERED = {"05.7": "abc def", "10.5": "abcde"}  # all others offer a, b and c
 
