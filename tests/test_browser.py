@@ -6,7 +6,6 @@ JupyterLab listens on this machine alone, behind a random token, and the browser
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -14,20 +13,19 @@ from collections.abc import Callable, Iterator
 
 import nbformat
 import pytest
+from chromium import chromium, programs, webdriver
 from serving import listens
 
 from siglip_lib.classroom.predictions import OUTCOMES
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 pytest.importorskip("jupyterlab", reason="needs jupyterlab")
 pytest.importorskip("anywidget", reason="needs anywidget")
-from selenium.common.exceptions import WebDriverException  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.select import Select  # noqa: E402
+from selenium.common.exceptions import WebDriverException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
 
 PATIENCE = 60  # seconds; a busy machine is no failure
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CELLS = (
     """
 import torch
@@ -82,18 +80,9 @@ def wait_for(what: str, get: Callable[[], object]) -> object:
 
 
 @pytest.fixture(scope="module")
-def programs() -> tuple[str, str]:
-    """Where the browser is, and the program that drives it."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    driver = shutil.which("chromedriver")
-    if not (browser and driver):
-        pytest.skip(f"needs chromedriver and a browser, one of {', '.join(BROWSERS)}")
-    return browser, driver
-
-
-@pytest.fixture(scope="module")
 def lab(tmp_path_factory) -> Iterator[str]:
     """The address of a JupyterLab with a notebook, whose settings and state are its own."""
+    programs()
     folder = tmp_path_factory.mktemp("lab")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in CELLS])
     asks, test, _, measures = notebook.cells[-4:]
@@ -144,42 +133,22 @@ def lab(tmp_path_factory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def page(programs, lab, tmp_path_factory) -> Iterator:
+def page(lab, tmp_path_factory) -> Iterator:
     """The browser in which all cells of the notebook were run."""
-    browser, driver = programs
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    options.add_argument("--headless=new")
-    options.add_argument("--window-size=1000,1600")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
-    options.add_argument("--disable-background-networking")
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
-    options.add_argument("--no-proxy-server")
-    options.add_argument("--disable-dev-shm-usage")  # small in a container
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")
-    with pytest.MonkeyPatch.context() as patch:
-        # with the driver's path selenium looks for none; were it to, then neither on the network nor telling of it
-        patch.setenv("SE_OFFLINE", "true")
-        patch.setenv("SE_AVOID_STATS", "true")
-        patch.setenv("NO_PROXY", "localhost,127.0.0.1")
-        page = webdriver.Chrome(options, webdriver.ChromeService(driver))
-        try:
-            page.get(lab)
-            idle = """
-                const [open] = window.jupyterapp.shell.widgets("main");
-                return open.sessionContext.session.kernel.status === "idle";
-            """
-            wait_for("a kernel", lambda: page.execute_script(idle))
-            # a click makes the notebook the current one, on which commands act
-            first = (By.CSS_SELECTOR, ".jp-CodeCell")
-            wait_for("a cell", lambda: page.find_element(*first).click() or True)
-            enabled = "return jupyterapp.commands.isEnabled('notebook:run-all-cells')"
-            wait_for("cells that can run", lambda: page.execute_script(enabled))
-            page.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
-            yield page
-        finally:
-            page.quit()
+    with chromium(tmp_path_factory.mktemp("browser")) as page:
+        page.get(lab)
+        idle = """
+            const [open] = window.jupyterapp.shell.widgets("main");
+            return open.sessionContext.session.kernel.status === "idle";
+        """
+        wait_for("a kernel", lambda: page.execute_script(idle))
+        # a click makes the notebook the current one, on which commands act
+        first = (By.CSS_SELECTOR, ".jp-CodeCell")
+        wait_for("a cell", lambda: page.find_element(*first).click() or True)
+        enabled = "return jupyterapp.commands.isEnabled('notebook:run-all-cells')"
+        wait_for("cells that can run", lambda: page.execute_script(enabled))
+        page.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
+        yield page
 
 
 def all_of(page, selector: str) -> list:

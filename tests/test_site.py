@@ -6,9 +6,7 @@ Run by `make test-site`. The server listens on this machine alone, and the brows
 import html
 import http.server
 import json
-import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,25 +17,24 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
 import torch
+from chromium import chromium, webdriver
 from notebook_files import PATHS, ROOT, read
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 pytest.importorskip("sphinx", reason="needs the extra [site]: make site installs it")
-from selenium.common.exceptions import WebDriverException  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.select import Select  # noqa: E402
+from selenium.common.exceptions import WebDriverException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
 
-from siglip_lib import attention_maps, embed_texts, load_emoji64, load_siglip, make_scenes  # noqa: E402
-from siglip_lib.data import captions, split  # noqa: E402
-from siglip_lib.siglip import EMOJI64_WEIGHTS, SigLIP, Tokenizer  # noqa: E402
+from siglip_lib import attention_maps, embed_texts, load_emoji64, load_siglip, make_scenes
+from siglip_lib.data import captions, split
+from siglip_lib.siglip import EMOJI64_WEIGHTS, SigLIP, Tokenizer
 
 SITE = ROOT / "build/site"
 AXE = ROOT / "tools/site/node_modules/axe-core/axe.min.js"
 PAGES = sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html"))
 NOTEBOOKS = [f"notebooks/{path.stem}.html" for path in PATHS]
 PATIENCE = 60  # seconds; a busy machine is no failure
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PHONE, DESK = (390, 844), (1400, 1000)  # pixels
 MOST = 15_000_000  # bytes that the page "Try it" may load
 
@@ -285,40 +282,9 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(address, tmp_path_factory) -> Iterator[Browser]:
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    driver = shutil.which("chromedriver")
-    if not (program and driver):
-        pytest.skip(f"needs chromedriver and a browser, one of {', '.join(BROWSERS)}")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    for option in (
-        "--headless",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--disable-dev-shm-usage",  # small in a container
-        "--no-proxy-server",
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
-    ):
-        options.add_argument(option)
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")
-    with pytest.MonkeyPatch.context() as patch:
-        # with the driver's path selenium looks for none; were it to, then neither on the network nor telling of it
-        patch.setenv("SE_OFFLINE", "true")
-        patch.setenv("SE_AVOID_STATS", "true")
-        patch.setenv("NO_PROXY", "localhost,127.0.0.1")
-        page = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    with chromium(tmp_path_factory.mktemp("browser"), logs=True) as page:
         page.set_script_timeout(120)
-        try:
-            yield Browser(page, address)
-        finally:
-            page.quit()
+        yield Browser(page, address)
 
 
 @pages
