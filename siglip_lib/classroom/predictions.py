@@ -24,7 +24,7 @@ _CAME_TRUE = {
     "06": "b a c a c* a c*",
     "07": "b c a a a c a*",
     "08": "c c a c b* a",
-    "09": "b b b c c c b* a c b b b*",
+    "09": "b b b c c c b* a c b b c*",
     "10": "c b b c bce* b* b b* c b* c b c b b",
     "11": "c c a c a b b a b b c* c* c* b*",
     "12": "c c c* c* c* c a c* c* b c b b*",
