@@ -203,8 +203,8 @@ class Backend:
 
 
 # The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, geometric means of 20
-# cases, forward and with backward, replayed from CUDA graphs. triton 5.04; cuDNN 4.99; flash-attn 3.36; sdpa 3.20, as
-# it chooses where cuDNN can't run; xformers 1.64 with the kernel that it has left without flash-attn. Which of the
+# cases, forward and with backward, replayed from CUDA graphs. triton 5.04; cuDNN 4.97; flash-attn 3.36; sdpa 3.20, as
+# it chooses where cuDNN can't run; xformers 1.63 with the kernel that it has left without flash-attn. Which of the
 # first two leads depends on the case.
 BACKENDS = {
     "triton": Backend(
@@ -228,10 +228,10 @@ BACKENDS = {
 }
 
 # FLOP forward from which on attention is large: half of what one layer of SO400M takes for 8 pictures.
-# There, triton against cuDNN at head_dim 64, 72 and 80: 8 and 64 times 729 tokens, 2 to 8 % ahead forward and 7 to 12 %
-# with backward; 8 times 512, level; from 1024 tokens on, 4 to 5 % behind forward, within 2 % with backward; 64 times
-# 256, 8 to 9 % behind forward and level with backward. Smaller work waits for Python to launch it, which replayed
-# calls leave out; launched, triton loses there.
+# There, triton against cuDNN at head_dim 64, 72 and 80: 8 and 64 times 729 tokens, 2 to 9 % ahead forward and 7 to 13 %
+# with backward; 8 times 512, level; from 1024 tokens on, 2 to 7 % behind forward, within 2 % with backward; 64 times
+# 256, 7 to 9 % behind forward and with backward level or 4 % ahead. Smaller work waits for Python to launch it, which
+# replayed calls leave out; launched, triton loses there.
 LARGE = 10e9
 # tokens from which on cuDNN is asked before triton
 LONG = 1024
