@@ -26,6 +26,15 @@ def test_without_kernels_nothing_is_said():
     assert together([]) == {}
 
 
+def test_a_share_that_rounding_makes_less_than_nothing_is_said_to_be_nothing(monkeypatch):
+    lines = []
+    monkeypatch.setattr(speed_many_gpus, "say", lines.append)
+    times = {"ms_without_profiler": 9.0, "ms_with_profiler": 9.0, "travelling_ms": 0.5}
+    speed_many_gpus.say_travel("gathered", times | {"hidden": -3e-15})
+    speed_many_gpus.say_travel("ring", times | {"hidden": 0.87})
+    assert [line.split(", ")[-1].split(" of ")[0] for line in lines] == ["0%", "87%"]
+
+
 def test_intervals_that_touch_or_lie_near_become_one():
     assert merged([(3, 4), (0, 1), (1, 2)]) == [(0, 2), (3, 4)]
     assert merged([(0, 2), (1, 1.5), (2.5, 3)], gap=0.5) == [(0, 3)]

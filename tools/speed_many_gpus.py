@@ -336,7 +336,7 @@ def say_travel(name: str, found: dict) -> None:
         times = f"{found['ms_without_profiler']:.2f} ms, with the profiler {found['ms_with_profiler']:.2f}"
         say(
             f"{name:{WIDEST}} {times}: sending and receiving {found['travelling_ms']:.2f}, "
-            f"{found['hidden']:.0%} of it while something is computed"
+            f"{found['hidden']:z.0%} of it while something is computed"
         )
 
 
