@@ -48,7 +48,7 @@ _MEASURED_BY = {
         "ad3364c4 7b4e9fa2 bf82d3e6 d66378bb"
     ),
     "10": (
-        "0456563e a3fc9c63 fe08a526 c053f4ff c09a1b2d de0ca7ed 6a46cc0a 0290345c "
+        "0456563e a3fc9c63 fe08a526 c053f4ff c09a1b2d c09a1b2f de0ca7ed 6a46cc0a 0290345c "
         "f309dbac 8f4ae891 f0553dbb e8476f80 75e9f484 30edcf03"
     ),
     "11": (
