@@ -56,6 +56,7 @@ class CompileReport:
         opcodes: how often each instruction stands in the assembler's listing, by its name up to the first dot, of the
             MUFU family with what it computes (FMUL, MUFU.EX2; products are HGMMA, on Hopper, or HMMA); empty unless
             asked for, or where Triton came without the tools that list them.
+        loops: the same of each innermost loop; LDL and STL load and store what was spilled.
     """
 
     registers: int
@@ -63,6 +64,7 @@ class CompileReport:
     shared: int
     serialised: bool
     opcodes: dict[str, int] = field(default_factory=dict)
+    loops: list[dict[str, int]] = field(default_factory=list)
 
 
 def compile_reports(
@@ -121,6 +123,31 @@ def library_launches(
     return {name: Launch(kernel, capability, *rest) for name, (kernel, *rest) in found.items()}
 
 
+def hopper_launches(dims: Sequence[int] = TRITON_HEAD_DIMS, tokens: int = 729) -> dict[str, Launch]:
+    """Return a launch of each kernel for Hopper alone, for each head_dim: as ``library_launches``."""
+    # Gluon is experimental, and no other report needs it
+    from siglip_lib.kernels import hopper_attention
+
+    found = {}
+    for dim in dims:
+        packed = torch.empty(64, tokens, 3 * 16, dim, dtype=torch.bfloat16, device="meta")
+        out = packed[:, :, :16].contiguous()
+        described = *hopper_attention.descriptors(packed), *hopper_attention.descriptors(out)
+        sizes = tokens, flash_attention._padded(tokens), 1
+        for name, exact in (("hopper", False), ("hopper exact", True)):
+            constants = hopper_attention.constants_of(dim, 16, tokens, exact)
+            given = (*described, torch.float32, 0.1, *sizes)
+            found[f"{name} {dim}"] = Launch(
+                hopper_attention._hopper_kernel, (9, 0), given, constants
+            )
+        constants = flash_attention.constants_of("forward", dim, 16, tokens, (9, 0))
+        given = (torch.bfloat16, torch.bfloat16, torch.float32, 0.1, *sizes[:2])
+        found[f"hopper redo {dim}"] = Launch(
+            hopper_attention._redo_kernel, (9, 0), given, constants
+        )
+    return found
+
+
 def _source(kernel: KernelInterface) -> str:
     """Python that defines a kernel: an import; in a notebook its own source, after that of the kernels it calls."""
     fn = kernel.fn
@@ -169,14 +196,30 @@ def _report(
     log = log.getvalue()
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
-    found = {}
+    found, loops = {}, []
     if opcodes:
         with suppress(RuntimeError, OSError, subprocess.SubprocessError):
-            found = _opcodes(compiled.asm["sass"])
-    return CompileReport(registers, spilled, compiled.metadata.shared, "serialized" in log, found)
+            listing = compiled.asm["sass"]
+            found, loops = _opcodes(listing), [_opcodes(body) for body in _innermost_loops(listing)]
+    shared, serialised = compiled.metadata.shared, "serialized" in log
+    return CompileReport(registers, spilled, shared, serialised, found, loops)
 
 
 def _opcodes(listing: str) -> dict[str, int]:
     """Count instructions: in a line of the listing a tab, perhaps a predicate (@!P0), then the name."""
     names = re.findall(r"\t(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9]+)?)", listing)
     return dict(Counter(x if x.startswith("MUFU") else x.partition(".")[0] for x in names))
+
+
+def _innermost_loops(listing: str) -> list[str]:
+    """Lines from a label to a branch back to it, where the branch is conditional: others return from aside."""
+    lines = listing.splitlines()
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
+    branches = ((i, re.search(r"\t@!?U?P\w+ BRA (\w+);", line)) for i, line in enumerate(lines))
+    ends = [(labels.get(found[1], i), i) for i, found in branches if found]
+    loops = [(start, end) for start, end in ends if start < end]
+    return [
+        "\n".join(lines[start : end + 1])
+        for start, end in loops
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+    ]
