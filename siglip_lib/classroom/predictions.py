@@ -31,6 +31,7 @@ _CAME_TRUE = {
     "13": "c a b b c* c* b* b* c* b b c*",
     "14": "b b b b b c c* b b c* a",
     "15": "b b* b b b c a b* b* abc* b* b* b",
+    "16": "c b* b* b* a* c b* c* b* b* b*",
 }
 # The ids of the cells that measure them.
 _MEASURED_BY = {
@@ -67,6 +68,10 @@ _MEASURED_BY = {
     "15": (
         "c15-008-2 c15-009b-3 c15-015 c15-022 c15-027 c15-033-3 c15-039 c15-051-2 c15-054 c15-064-3 "
         "c15-067-3 c15-072-3 c15-077-2"
+    ),
+    "16": (
+        "c16-units-count c16-loads-time c16-copies-time c16-ring-time c16-producer-time c16-ahead-report "
+        "c16-ahead-time c16-consumers-time c16-halves-time c16-persistent-time c16-reference-time"
     ),
 }
 _OFFERED = {"05.7": "abc def", "10.5": "abcde"}  # all others offer a, b and c

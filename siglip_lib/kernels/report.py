@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import KernelInterface, driver
@@ -32,7 +33,8 @@ class Launch:
     """A launch, ``kernel[grid](*arguments, **constants)``: what a kernel is compiled for.
 
     Args:
-        kernel: by ``triton.jit``, of a module; or of a notebook, and then it uses only kernels, ``triton`` and ``tl``.
+        kernel: by ``triton.jit`` or ``gluon.jit``, of a module or of a notebook. One of a notebook uses only kernels,
+            imports and ``tl.constexpr``, and in its signature ``triton``, ``tl`` and ``gl``.
         capability: compute capability of the GPU, at least (8, 0).
         arguments: numbers, None, and a dtype for each tensor.
         constants: of the kernel, and Triton's options (``num_warps``).
@@ -149,13 +151,31 @@ def hopper_launches(dims: Sequence[int] = TRITON_HEAD_DIMS, tokens: int = 729) -
 
 
 def _source(kernel: KernelInterface) -> str:
-    """Python that defines a kernel: an import; in a notebook its own source, after that of the kernels it calls."""
-    fn = kernel.fn
-    if fn.__module__ != "__main__":
-        return f"from {fn.__module__} import {fn.__name__}"
-    used = (fn.__globals__.get(name) for name in fn.__code__.co_names)
-    sources = (_source(other) for other in used if isinstance(other, KernelInterface))
-    return "\n".join(("import triton, triton.language as tl", *sources, inspect.getsource(fn)))
+    """Python that defines a kernel: an import; in a notebook its own source, after that of all that it uses."""
+    found = {"tl": "import triton, triton.language as tl"}
+    if type(kernel).__name__ == "GluonJITFunction":
+        found |= {"gluon": "from triton.experimental import gluon"}
+        found |= {"gl": "from triton.experimental.gluon import language as gl"}
+    _define(kernel.fn.__name__, kernel, found)
+    return "\n".join(found.values())
+
+
+def _define(name: str, value: object, found: dict[str, str]) -> None:
+    """Add what gives ``value`` its name, behind the same of all names that it uses."""
+    if name in found:
+        return
+    fn = getattr(value, "fn", value)  # of a kernel, the function that was decorated
+    if isinstance(value, triton.language.constexpr):
+        found[name] = f"{name} = tl.constexpr({value.value!r})"
+    elif isinstance(value, ModuleType):
+        found[name] = f"import {value.__name__} as {name}"
+    elif inspect.isfunction(fn) and fn.__module__ != "__main__":
+        found[name] = f"from {fn.__module__} import {fn.__name__} as {name}"
+    elif isinstance(value, KernelInterface):
+        for other in fn.__code__.co_names:
+            if other != name and other in fn.__globals__:
+                _define(other, fn.__globals__[other], found)
+        found[name] = inspect.getsource(fn)
 
 
 @functools.cache
