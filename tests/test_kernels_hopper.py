@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from notebook_files import run
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton.experimental.gluon")
@@ -14,7 +15,33 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from siglip_lib.base.offers import TRITON_HEAD_DIMS as HEAD_DIMS
 from siglip_lib.kernels import flash_attention, hopper_attention
 from siglip_lib.kernels.device import is_interpreted
-from siglip_lib.kernels.report import compile_reports, hopper_launches
+from siglip_lib.kernels.report import Launch, compile_reports, hopper_launches
+
+NOTEBOOK = """
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper as of_hopper
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared as fence
+from siglip_lib.kernels.hopper_attention import _product
+
+SIZE = gl.constexpr(64)
+total = 3
+
+
+@gluon.jit
+def total_of(x):
+    return gl.sum(x, 1)
+
+
+@gluon.jit
+def rows(x_ptr):
+    LAYOUT: gl.constexpr = _product(SIZE)
+    total = total_of(gl.zeros([SIZE, SIZE], gl.float32, LAYOUT))
+    barrier = gl.allocate_shared_memory(gl.int64, [1], of_hopper.mbarrier.MBarrierLayout())
+    of_hopper.mbarrier.init(barrier, count=1)
+    fence()
+    gl.store(x_ptr + gl.arange(0, SIZE, total.type.layout), total)
+"""
 
 # of 65,536 registers of a multiprocessor, and 227 KiB of shared memory that a thread block may have
 REGISTERS, SHARED = 65_536, 227 << 10
@@ -48,6 +75,14 @@ def test_the_compiler_leaves_the_products_asynchronous():
     reports = compile_reports(hopper_launches([72]), opcodes=True)
     assert list(reports) == ["hopper 72", "hopper exact 72", "hopper redo 72"]
     assert_fast(reports)
+
+
+def test_a_kernel_of_a_notebook():
+    """Its source is compiled with what it uses: kernels, imports under their names, constants; and nothing else."""
+    namespace = {"__name__": "__main__"}
+    run(NOTEBOOK, namespace)
+    launch = Launch(namespace["rows"], (9, 0), (torch.float32,), dict(num_warps=4))
+    assert compile_reports({1: launch})[1].shared == 8
 
 
 @pytest.mark.slow
