@@ -34,7 +34,9 @@ LARGEST_SUM = 2.0**64  # of a row's weights, unless its reference is lost
 
 @dataclass(frozen=True)
 class Costs:
-    """Cycles for 64 queries and 64 keys at head_dim 72: counted from the peak rates of an H100, not measured.
+    """Cycles for 64 queries and 64 keys at head_dim 72: counted from rates, not measured.
+
+    Products and exponentials go at the peak rates of an H100; of copies no rate is published, so theirs is a guess.
 
     Args:
         scores: 64 x 64 x 80 products, 2048 a cycle.
