@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siglip_lib.classroom import hopper_schedule
-from siglip_lib.classroom.hopper_schedule import Costs, attention
+from siglip_lib.classroom.hopper_schedule import Costs, ThreadBlock, attention
 from siglip_lib.classroom.schedule import (
     Arrive,
     Barrier,
@@ -185,16 +186,45 @@ def test_every_mistake_is_found(mistake):
             assert_right(out, q, k, v)
 
 
-def test_a_reference_that_was_bad_overflows():
-    """What the kernel marks with an lse of NaN: a sum that no float32 holds."""
-    q, k, v = draw(1, 16)
+@pytest.mark.parametrize("exact", [True, False])
+def test_lse(exact):
+    q, k, v = draw(2, 43)
+    block = run_block(q, k, v, exact=exact)
+    expected = (q @ k.mT * q.shape[-1] ** -0.5).logsumexp(2) * math.log2(math.e)
+    torch.testing.assert_close(block.lse, expected, rtol=0, atol=1e-12)
+    assert block.redo() == 0
+
+
+def run_block(q, k, v, **options):
+    block = ThreadBlock(q, k, v, rows=8, consumers=2, **options)
+    roles = {str(i): block.consumer(i) for i in range(2)}
+    run({"producer": block.producer()} | roles)
+    return block
+
+
+def test_a_tile_whose_reference_was_bad_is_computed_again():
+    q, k, v = draw(1, 24)
     k[:, -8:] = 0  # the block that comes first
-    k[:, 0] = 100 * q[:, 0]
-    right, _ = attention(q, k, v, rows=8, exact=True)
-    assert_right(right, q, k, v)
-    with torch.no_grad():
-        wrong, _ = attention(*(x.float() for x in (q * 100, k, v)), rows=8, exact=False)
-    assert not wrong.isfinite().all()
+    k[:, 0] = 100 * q[:, 9]  # one query's score is far larger
+    q[:, :8] = q[:, 16:] = 0
+    block = run_block(q, k, v, exact=False)
+    lost = block.lse.isnan()
+    assert lost[0, 9]
+    assert not lost[0, :8].any()
+    assert not lost[0, 16:].any()
+    block.out[0, 10] = math.nan  # of the same tile; another is left as it is
+    block.out[0, 17] = 5
+    assert block.redo() == 1
+    assert (block.out[0, 17] == 5).all()
+    block.out[0, 17] = block.out[0, 18]  # the same query
+    assert_right(block.out, q, k, v)
+    assert not block.lse.isnan().any()
+    k[:, 0] *= 10
+    few = [x.float() for x in (q, k, v)]
+    assert run_block(*few, exact=False).out.isnan().any()  # no float32 holds such a weight
+    out, _ = attention(*few, rows=8, exact=False)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(*few))
+    assert run_block(q, k, v).redo() == 0
 
 
 def test_parity_of_a_barrier():

@@ -29,10 +29,14 @@ from siglip_lib.classroom.schedule import (
     run,
 )
 
+LARGEST_SUM = 2.0**64  # of a row's weights, unless its reference is lost
+
 
 @dataclass(frozen=True)
 class Costs:
-    """Cycles for 64 queries and 64 keys at head_dim 72: counted from the peak rates of an H100, not measured.
+    """Cycles for 64 queries and 64 keys at head_dim 72: counted from rates, not measured.
+
+    Products and exponentials go at the peak rates of an H100; of copies no rate is published, so theirs is a guess.
 
     Args:
         scores: 64 x 64 x 80 products, 2048 a cycle.
@@ -63,6 +67,9 @@ class ThreadBlock:
         parts: of a block's weights, each of which goes into its product as soon as it is computed; 1, 2, 4 ...
         costs: cycles of the steps.
 
+    Its ``out`` is (pairs, N, channels) when the roles have ended, its ``lse`` the log2 of each row's sum of
+    exp2(scores), (pairs, N); NaN where the largest of the first block was a bad reference, for ``redo``.
+
     Raises:
         ValueError: shapes that differ, or sizes that can't be; the message says which.
     """
@@ -88,6 +95,7 @@ class ThreadBlock:
         if rows & (rows - 1) or rows % parts:
             raise ValueError(f"rows={rows} must be a power of two and a multiple of parts={parts}")
         self.q, self.k, self.v, self.out = q, k, v, torch.full_like(q, math.nan)
+        self.lse = torch.full_like(q[..., 0], math.nan)
         self.consumers, self.stages, self.rows = consumers, stages, rows
         self.exact, self.parts, self.costs = exact, parts, costs or Costs()
         self.scale = q.shape[-1] ** -0.5 * math.log2(math.e)
@@ -181,7 +189,28 @@ class ThreadBlock:
             mine = first + index * self.rows
             to = self.out[pair, mine : mine + self.rows]
             yield Store(o.value / total, self.places[here][index], to, self.costs.copy)
+            lse = m + total.log2()
+            if not self.exact:
+                lse = lse.where(total < LARGEST_SUM, math.nan)
+            self.lse[pair, mine : mine + self.rows] = lse[: len(to), 0]
         yield Finish(Store)
+
+    def redo(self) -> int:
+        """Compute each tile again, in the exact way, of which a row has no lse; return how many. The second kernel."""
+        lost = [
+            (pair, slice(first, first + self.rows))
+            for pair in range(len(self.q))
+            for first in range(0, self.q.shape[1], self.rows)
+            if self.lse[pair, first : first + self.rows].isnan().any()
+        ]
+        for pair, rows in lost:
+            s = self.q[pair, rows] @ self.k[pair].T * self.scale
+            m = s.amax(1, keepdim=True)
+            p = torch.exp2(s - m)
+            total = p.sum(1, keepdim=True)
+            self.out[pair, rows] = p @ self.v[pair] / total
+            self.lse[pair, rows] = (m + total.log2())[:, 0]
+        return len(lost)
 
     def _release(self, turn: int, index: int) -> Generator:
         """Give back the place of the last tile's queries, once its output has left it."""
@@ -220,7 +249,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[Tenso
         options: of ``ThreadBlock``.
 
     Returns:
-        The output (pairs, N, channels), and what the units did.
+        The output (pairs, N, channels), and what the units did, without ``redo``.
 
     Raises:
         Deadlock: as ``run``; with one stage, because a consumer needs the next block before it is done with this one.
@@ -229,4 +258,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[Tenso
     block = ThreadBlock(q, k, v, **options)
     roles = {f"consumer {i}": block.consumer(i) for i in range(block.consumers)}
     spans = run({"producer": block.producer()} | roles, block.costs.latency)
+    block.redo()
     return block.out, spans
