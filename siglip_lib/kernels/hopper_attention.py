@@ -627,3 +627,9 @@ def hopper_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     if reason := why_not_our_kernel(dim, tokens, scale):
         raise ValueError(f"head_dim={dim}, N={tokens}, scale={scale}: the kernel {reason}")
     return torch.ops.siglip_lib.hopper_attention(qkv, scale)[0]
+
+
+def hopper_attention_of_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """As ``hopper_attention``, of the parts (B, N, heads, head_dim) of a packed tensor; the caller has checked."""
+    operator = torch.ops.siglip_lib.hopper_attention
+    return flash_attention._OfParts.apply(q, k, v, scale, operator)
