@@ -12,6 +12,8 @@ pytest.importorskip("triton.experimental.gluon")
 from test_kernels_flash_attention import assert_good, draw, results
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from siglip_lib import attend
+from siglip_lib.backends import attend_packed
 from siglip_lib.base.offers import TRITON_HEAD_DIMS as HEAD_DIMS
 from siglip_lib.kernels import flash_attention, hopper_attention
 from siglip_lib.kernels.device import is_interpreted
@@ -168,6 +170,19 @@ def test_compiled_code_sees_an_operator():
     assert counted.get_total_flops() == (4 + 10) * 2 * 4 * 130 * 130 * 72
 
 
+def test_parts_of_a_packed_tensor():
+    """They take this kernel's operator on all of it, and their gradients lie in one tensor, too."""
+    with FlopCounterMode(display=False) as counted:
+        qkv = torch.empty(1, 4, 3, 2, 72, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        out = hopper_attention.hopper_attention_of_parts(*qkv.unbind(2), 0.1)
+        assert (out.shape, out.dtype) == ((1, 4, 2, 72), torch.bfloat16)
+        (gradient,) = torch.autograd.grad(out, qkv, torch.empty_like(out))
+        assert gradient.shape == qkv.shape
+    called = counted.get_flop_counts()["Global"]
+    operators = torch.ops.siglip_lib
+    assert set(called) == {operators.hopper_attention, operators.flash_attention_backward}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -217,6 +232,13 @@ def test_real_shapes(hopper, dim, tokens, dtype):
 
 def attention(qkv, **options):
     return hopper_attention.hopper_attention(qkv, **options)
+
+
+def test_as_a_backend(hopper):
+    qkv = draw(2, 65, 4, 72, hopper, torch.bfloat16)
+    wanted = attention(qkv)
+    assert torch.equal(attend(*qkv.unbind(2), backend="hopper"), wanted)
+    assert torch.equal(attend_packed(qkv, backend="hopper"), wanted)
 
 
 @pytest.mark.parametrize("size", [1.0, 10.0])
