@@ -195,7 +195,8 @@ def attend_packed(
 ) -> Tensor:
     """Softmax attention of q, k and v in one tensor, as ``attend`` of its three parts.
 
-    Where ``triton`` or ``hopper`` runs, the gradient comes packed as well. The others give three, which are copied together.
+    Where ``triton`` or ``hopper`` runs, the gradient comes packed as well. The others give three, which are copied
+    together.
 
     Args:
         qkv: (B, N, 3, heads, head_dim), contiguous channels.
