@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import log_softmax
 from torch.testing import assert_close
 
-from siglip_lib import VisionTransformer
+from siglip_lib import VisionTransformer, attention_maps
 from siglip_lib.siglip.text import EOS
 from siglip_lib.vl import (
     Adaptor,
@@ -402,3 +402,27 @@ def test_captions_that_do_not_fit(reader):
         caption_loss(torch.zeros(2, 4, 11), tokens)
     with pytest.raises(ValueError, match="most"):
         reader.write(torch.zeros(2, 3, 8), 0)
+
+
+def test_maps_of_a_causal_layer_are_masked_and_those_after_a_past_its_last_row(reader):
+    x = torch.randn(2, 9, 8)
+    with attention_maps(reader) as maps:
+        _, past = reader(x[:, :8])
+        before = {name: weights.clone() for name, weights in maps.items()}
+        _, past = reader(x[:, 8:], past)
+        after = dict(maps)
+        reader(x)
+    for name, weights in maps.items():
+        assert weights.shape == (2, 2, 9, 9)
+        assert (weights.triu(1) == 0).all()
+        assert_close(weights.sum(-1), torch.ones(2, 2, 9))
+        assert_close(weights[:, :, :8, :8], before[name])
+        assert_close(weights[:, :, 8:], after[name], atol=1e-6, rtol=1e-4)
+    block = reader.blocks[0]
+    inside = block.norm1(x + reader.pos_embed)
+    q, k, v = block.attn.qkv(inside).unflatten(-1, (3, 2, 4)).unbind(2)
+    scores = torch.einsum("bihc, bjhc -> bhij", q, k) / 4**0.5
+    expected = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).softmax(-1)
+    assert_close(maps["blocks.0.attn"], expected)
+    read = torch.einsum("bhij, bjhc -> bihc", expected, v).flatten(2)
+    assert_close(block.attn(inside)[0], block.attn.proj(read), atol=1e-5, rtol=1e-4)

@@ -109,11 +109,11 @@ def flash_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 
 class _OfParts(torch.autograd.Function):
-    """The operator on the tensor that q, k and v lie in; their gradients lie in one, too."""
+    """An operator on the tensor that q, k and v lie in; their gradients lie in one, too."""
 
     @staticmethod
-    def forward(ctx, q, k, v, scale):
-        out, lse = torch.ops.siglip_lib.flash_attention(_whole(q), scale)
+    def forward(ctx, q, k, v, scale, operator):
+        out, lse = operator(_whole(q), scale)
         ctx.save_for_backward(q, k, v, out, lse)  # k and v so that a change in place is noticed
         ctx.scale = scale
         return out
@@ -123,7 +123,7 @@ class _OfParts(torch.autograd.Function):
     def backward(ctx, d_out):
         q, _, _, out, lse = ctx.saved_tensors
         backward = torch.ops.siglip_lib.flash_attention_backward
-        return *backward(d_out, _whole(q), out, lse, ctx.scale).unbind(2), None
+        return *backward(d_out, _whole(q), out, lse, ctx.scale).unbind(2), None, None
 
 
 def _whole(q: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _whole(q: Tensor) -> Tensor:
 
 def flash_attention_of_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """As ``flash_attention``, of the three parts (B, N, heads, head_dim) of a packed tensor; the caller has checked."""
-    return _OfParts.apply(q, k, v, scale)
+    return _OfParts.apply(q, k, v, scale, torch.ops.siglip_lib.flash_attention)
 
 
 # --- forward ---

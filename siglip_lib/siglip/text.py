@@ -1,6 +1,7 @@
 """SigLIP's text tower, and the tokenizer that turns captions into its input."""
 
 import io
+import itertools
 import string
 import textwrap
 from collections.abc import Iterable
@@ -80,6 +81,21 @@ class Tokenizer:
             ids = ids[: self.context_length - 1]
             row[: len(ids)] = ids
         return torch.from_numpy(tokens)
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Return the texts of token ids (B, N), each up to its first ``</s>``: what ``canonicalize`` left of them.
+
+        Raises:
+            TypeError, ValueError: ids that are no integers, of another shape, or beyond the vocabulary.
+        """
+        check_tensor("tokens", tokens, ("B", "N"), dtypes=INTEGERS)
+        beyond = (tokens < 0) | (tokens >= self.vocab_size)
+        if beyond.any():
+            raise ValueError(
+                f"tokens holds {tokens[beyond][0]}; it must lie in 0 to {self.vocab_size - 1}"
+            )
+        rows = [[*itertools.takewhile(lambda i: i != EOS, row)] for row in tokens.tolist()]
+        return [self._pieces.decode(row) for row in rows]
 
 
 def train_tokenizer(captions: Iterable[str], path: str | Path, vocab_size: int) -> None:

@@ -20,8 +20,8 @@ class Attention(nn.Module):
         norm_layer: class of ``q_norm`` and ``k_norm``.
         deterministic: the same bits on every run, backward pass included.
         backend: ``auto`` for the first that can run on the input, in the order that notebook 04 measured, or
-            ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``, ``eager``; ``attention_backends`` tells which
-            can.
+            ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``, ``eager``, ``hopper``;
+            ``attention_backends`` tells which can.
 
     Shapes: x (B, N, D) to (B, N, D).
 

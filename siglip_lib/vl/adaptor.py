@@ -26,9 +26,8 @@ class Adaptor(nn.Module):
         super().__init__()
         self.width = positive_int("width", width)
         n_embed = positive_int("n_embed", n_embed)
-        self.layers = nn.Sequential(
-            nn.Linear(4 * width, n_embed), nn.GELU(), nn.Linear(n_embed, n_embed)
-        )
+        layers = nn.Linear(4 * width, n_embed), nn.GELU(), nn.Linear(n_embed, n_embed)
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         rows, columns = pair("grid", grid)

@@ -31,6 +31,15 @@ class CausalAttention(Attention):
         out = F.scaled_dot_product_attention(*parts, is_causal=past is None, scale=self.scale)
         return self.proj(out.transpose(1, 2).flatten(2)), tuple(kv)
 
+    def attention_map(self, x: Tensor, past: KV | None = None) -> Tensor:
+        """Return the weights (B, heads, N, keys) in float32; keys are those of a past, then those of x (B, N, D)."""
+        q, k, _ = self._heads(x)
+        k = k if past is None else torch.cat((past[0], k), dim=1)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.einsum("bqhd, bkhd -> bhqk", self.scale * q.float(), k.float())
+        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1])
+        return scores.masked_fill(later, -torch.inf).softmax(-1)
+
 
 class DecoderBlock(Block):
     """The block of the series, with causal attention."""
@@ -117,9 +126,7 @@ class LanguageModel(nn.Module):
 def caption_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return the mean cross-entropy, in nats, of all captions' tokens, up to the first ``</s>`` of each and with it.
 
-    Args:
-        logits: (B, T, V), of which token stands at each place.
-        tokens: (B, T) int64, which stands there.
+    Shapes: logits (B, T, V), of which token stands at each place, and tokens (B, T) int64, those that do.
     """
     batch, length, _ = check_tensor("logits", logits, ("B", "T", "V"), empty=False)
     check_tensor("tokens", tokens, (batch, length), dtypes=(torch.int64,))

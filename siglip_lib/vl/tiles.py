@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from siglip_lib.base.checks import pair, positive_int
-from siglip_lib.data.preprocessing import as_image, upright_rgb
+from siglip_lib.data.preprocessing import Picture, as_image, upright_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from siglip_lib.data.preprocessing import Picture
 
 GREY = (127, 127, 127)  # what the mean colour .5 is in 8 bits, rounded down
 
@@ -36,11 +34,8 @@ def candidate_resolutions(size: int = 384, most: int = 9) -> list[tuple[int, int
     Source: Wu et al., DeepSeek-VL2 (2024), section 2 (dynamic tiling strategy).
     """
     size, most = positive_int("size", size), positive_int("most", most)
-    return [
-        (rows * size, columns * size)
-        for rows in range(1, most + 1)
-        for columns in range(1, most // rows + 1)
-    ]
+    sides = range(1, most + 1)
+    return [(m * size, n * size) for m in sides for n in sides if m * n <= most]
 
 
 def choose_resolution(
@@ -96,9 +91,8 @@ def tile_picture(
     """
     size = positive_int("size", size)
     candidates = candidate_resolutions(size) if candidates is None else candidates
-    if odd := [
-        each for each in candidates if any(side % size for side in pair("candidates", each))
-    ]:
+    odd = [each for each in candidates if any(x % size for x in pair("candidates", each))]
+    if odd:
         raise ValueError(f"candidates={odd} must be multiples of size={size}")
     image = upright_rgb("picture", as_image("picture", picture))
     if 2 * size * min(image.size) <= max(image.size):
