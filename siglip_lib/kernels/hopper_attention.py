@@ -390,15 +390,16 @@ def _store_output(outs, sample, row, head, o, total, place, REST: gl.constexpr):
 
 @gluon.jit
 def _ring(descriptors, BUFFERS: gl.constexpr, REST: gl.constexpr):
-    """Buffers for 64 rows of a head, in both parts; without a rest its part is a second name of the main one."""
+    """Buffers for rows of a head, in both parts; without a rest its part is a second name of the main one."""
+    ROWS: gl.constexpr = descriptors[0].block_shape[1]
     LAYOUT: gl.constexpr = descriptors[0].layout
-    main = gl.allocate_shared_memory(descriptors[0].dtype, [BUFFERS, 1, _ROWS, 1, _MAIN], LAYOUT)
+    main = gl.allocate_shared_memory(descriptors[0].dtype, [BUFFERS, 1, ROWS, 1, _MAIN], LAYOUT)
     rest = main
     if REST:
         REST_LAYOUT: gl.constexpr = descriptors[1].layout
         WIDTH: gl.constexpr = descriptors[1].block_shape[3]
         rest = gl.allocate_shared_memory(
-            descriptors[1].dtype, [BUFFERS, 1, _ROWS, 1, WIDTH], REST_LAYOUT
+            descriptors[1].dtype, [BUFFERS, 1, ROWS, 1, WIDTH], REST_LAYOUT
         )
     return main, rest
 
@@ -489,15 +490,16 @@ def _redo_kernel(
 # --- launches, and the operator that autograd and compiled code see ---
 
 
-def descriptors(x: Tensor) -> list[TensorDescriptor | None]:
-    """What the TMA unit needs to copy 64 rows of a head: of its first 64 channels, and of the others, None without.
+def descriptors(x: Tensor, rows: int = _ROWS.value) -> list[TensorDescriptor | None]:
+    """What the TMA unit needs to copy rows of a head: of its first 64 channels, and of the others, None without.
 
     Args:
         x: (B, N, n, head_dim), contiguous, at an address that is a multiple of 16.
+        rows: how many at a time.
     """
     if x.data_ptr() % 16:
         raise ValueError("a tensor begins at an address that is no multiple of 16: clone() it")
-    return [made and _at_address(made, x) for made in _described(x.shape, x.dtype)]
+    return [made and _at_address(made, x) for made in _described(x.shape, x.dtype, rows)]
 
 
 def _at_address(descriptor: TensorDescriptor, x: Tensor) -> TensorDescriptor:
@@ -508,7 +510,7 @@ def _at_address(descriptor: TensorDescriptor, x: Tensor) -> TensorDescriptor:
 
 
 @functools.lru_cache(maxsize=32)
-def _described(shape: torch.Size, dtype: torch.dtype) -> list[TensorDescriptor | None]:
+def _described(shape: torch.Size, dtype: torch.dtype, rows: int) -> list[TensorDescriptor | None]:
     # kept, since to make one takes Python longer than to launch a kernel
     x = torch.empty(shape, dtype=dtype, device="meta")
     rest = [max(16, shape[-1] - 64)] if shape[-1] > 64 else []
@@ -517,7 +519,7 @@ def _described(shape: torch.Size, dtype: torch.dtype) -> list[TensorDescriptor |
             x,
             list(shape),
             list(x.stride()),
-            [1, _ROWS.value, 1, width],
+            [1, rows, 1, width],
             gl.NVMMASharedLayout(2 * width, 16, 4),
         )
         for width in (64, *rest)
