@@ -51,6 +51,7 @@ _ROWS = gl.constexpr(
 )  # queries of a consumer, and keys of a block: the rows of a product of the tensor cores
 _MAIN = gl.constexpr(64)  # channels in the main part of a head; the others are the rest
 _PRODUCER_REGISTERS = 24  # the fewest that a warpgroup may have
+OWN_BACKWARD = False  # whether gradients come from hopper_backward.py, which nobody has timed yet
 _LARGEST_SUM = gl.constexpr(2.0**64)  # with values up to 2**63 no product overflows
 
 
@@ -576,12 +577,21 @@ def _launch(qkv: Tensor, scale: float, exact: bool) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def _gradient(ctx, d_out, d_lse):
+    if d_out is None or not OWN_BACKWARD:
+        return flash_attention._gradient(ctx, d_out, d_lse)
+    from siglip_lib.kernels import hopper_backward  # noqa: F401  it needs this module, and brings the operator
+
+    backward = torch.ops.siglip_lib.hopper_attention_backward
+    return backward(d_out, *ctx.saved_tensors, ctx.scale), None
+
+
 _forward_fake = flash_attention._forward_fake
 _OPERATORS = operators_of(__name__)
 register_operator(_OPERATORS, "hopper_attention", _forward, _forward_fake, devices=("CUDA",))
 torch.library.register_autograd(
     "siglip_lib::hopper_attention",
-    flash_attention._gradient,
+    _gradient,
     setup_context=flash_attention._keep,
     lib=_OPERATORS,
 )

@@ -71,29 +71,29 @@ class BackwardRoles(Roles):
 
     Args:
         read: rows of a block of the ring.
-        held: whether the rows that a consumer owns lie in its registers as left operands, and not in shared memory:
-            the tensor cores then read half as much from there.
+        held: how many of the two blocks that a consumer owns lie in its registers as left operands. The tensor cores
+            read the others from shared memory, which then gives them all that it can: as much as the ring's.
     """
 
     read: int = 64
-    held: bool = False
+    held: int = 0
 
 
 # Sums of 64 rows take head_dim / 2 registers of a thread each, s and dp 32 each, rows that are held 20 at 72 channels
 ROLES = {
     "keys": {
-        64: BackwardRoles(2, 8, 240),
-        72: BackwardRoles(2, 6, 240),
-        80: BackwardRoles(2, 6, 240),
-        96: BackwardRoles(2, 4, 240),
-        128: BackwardRoles(2, 5, 240, read=32),
+        64: BackwardRoles(2, 9, 240, held=2),
+        72: BackwardRoles(2, 7, 240, held=2),
+        80: BackwardRoles(2, 7, 240, held=1),
+        96: BackwardRoles(2, 5, 240),
+        128: BackwardRoles(2, 6, 240, read=32),
     },
     "queries": {
-        64: BackwardRoles(3, 7, 160),
-        72: BackwardRoles(3, 4, 160),
-        80: BackwardRoles(3, 4, 160),
-        96: BackwardRoles(2, 4, 240),
-        128: BackwardRoles(2, 2, 240),
+        64: BackwardRoles(3, 8, 160, held=1),
+        72: BackwardRoles(3, 5, 160),
+        80: BackwardRoles(3, 5, 160),
+        96: BackwardRoles(2, 5, 240),
+        128: BackwardRoles(2, 3, 240),
     },
 }
 
@@ -171,15 +171,14 @@ def _consumer(
     own = _owned(buffers, INDEX, HELD, REST)
     tail, tail_dp = _scores(own, buffers, 0, TAIL, HELD, REST)
     tail, tail_dp = warpgroup_mma_wait(0, [tail, tail_dp])
+    tile = gl.program_id(0)
+    values = _values_of(lines, tile, INDEX, tokens, padded, True, constants)
     stage = 0  # of the block whose s and dp are there
     ahead, phase = _next(0, 0, STAGES)  # of the block after it
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         here = (turn & 1) * CONSUMERS + INDEX
         # where the rows of the tile before were, and those of the next will be
         other = CONSUMERS - here + 2 * INDEX
-        sample, head, row = _place(tile, tokens, HEADS, CONSUMERS)
-        row += INDEX * _ROWS
-        values = _values_of(lines, (sample * HEADS + head) * padded, row, padded, KEYS)
         if not KEYS:
             COLUMNS: gl.constexpr = gl.SliceLayout(0, _product(TAIL))
             tail += mask.load(COLUMNS)[None, :]
@@ -213,11 +212,16 @@ def _consumer(
         mbarrier.wait(full.index(ahead), phase, pred=more)
         mbarrier.wait(own_full.index(other), ((turn + 1) >> 1) & 1, pred=more)
         own = _owned(buffers, other, HELD, REST)
+        values = _values_of(
+            lines, tile + gl.num_programs(0), INDEX, tokens, padded, more, constants
+        )
         tail, tail_dp = _scores(own, buffers, ahead, TAIL, HELD, REST)
         tail, tail_dp, sums = _wait(tail, tail_dp, sums, KEYS, REST)
         mbarrier.arrive(empty.index(stage), count=1)
         stage = ahead
         ahead, phase = _next(stage, phase, STAGES)
+        sample, head, row = _place(tile, tokens, HEADS, CONSUMERS)
+        row += INDEX * _ROWS
         _store(outs, sample, row, head, sums, plain_scale, buffers, here, KEYS, HEADS, REST)
         turn += 1  # noqa: SIM113  there is no enumerate
     tma.store_wait(0)
@@ -229,7 +233,7 @@ def _consumer(
 @gluon.jit
 def _owned(buffers, i, HELD: gl.constexpr, REST: gl.constexpr):
     """Both owned blocks as left operands, in both parts of a head: in registers, or where they lie."""
-    return _left(_at(buffers[0], i), HELD, REST), _left(_at(buffers[1], i), HELD, REST)
+    return _left(_at(buffers[0], i), HELD > 0, REST), _left(_at(buffers[1], i), HELD > 1, REST)
 
 
 @gluon.jit
@@ -251,8 +255,8 @@ def _left(block, HELD: gl.constexpr, REST: gl.constexpr):
 @gluon.jit
 def _scores(own, buffers, stage, READ: gl.constexpr, HELD: gl.constexpr, REST: gl.constexpr):
     """Start s and dp of the first READ rows of a block of the ring."""
-    s = _score(own[0], _at(buffers[2], stage), READ, HELD, REST)
-    dp = _score(own[1], _at(buffers[3], stage), READ, HELD, REST)
+    s = _score(own[0], _at(buffers[2], stage), READ, HELD > 0, REST)
+    dp = _score(own[1], _at(buffers[3], stage), READ, HELD > 1, REST)
     return s, dp
 
 
@@ -302,15 +306,20 @@ def _columns(buffer, s):
 
 
 @gluon.jit
-def _values_of(lines, start, row, padded, KEYS: gl.constexpr):
-    """The lse and delta of the queries that a consumer owns."""
+def _values_of(
+    lines, tile, INDEX: gl.constexpr, tokens, padded, exists, constants: gl.constexpr
+):  # fmt: skip
+    """The lse and delta of the queries of a tile that a consumer owns; of keys none."""
+    HEADS: gl.constexpr = constants[1]
     lse, delta = 0, 0
-    if not KEYS:
+    if not constants[0]:
+        sample, head, row = _place(tile, tokens, HEADS, constants[3])
         LAYOUT: gl.constexpr = gl.SliceLayout(1, _product(_ROWS))
-        queries = row + gl.arange(0, _ROWS, LAYOUT)
-        inside = queries < padded
-        lse = gl.load(lines[0] + start + queries, mask=inside, other=float("inf"))
-        delta = gl.load(lines[1] + start + queries, mask=inside, other=0.0)
+        queries = row + INDEX * _ROWS + gl.arange(0, _ROWS, LAYOUT)
+        inside = (queries < padded) & exists
+        at = (sample * HEADS + head) * padded + queries
+        lse = gl.load(lines[0] + at, mask=inside, other=float("inf"))
+        delta = gl.load(lines[1] + at, mask=inside, other=0.0)
     return lse, delta
 
 
