@@ -41,9 +41,12 @@ class Pass:
         stages: of the ring.
         rows: of a consumer.
         block: rows of a block of the ring.
+        turns: whether consumers use the tensor cores one after the other.
     """
 
-    def __init__(self, own, read, lse, delta, *, keys, consumers=2, stages=3, rows=64, block=64):
+    def __init__(
+        self, own, read, lse, delta, *, keys, consumers=2, stages=3, rows=64, block=64, turns=False
+    ):
         self.own, self.read, self.keys = own, read, keys
         self.consumers, self.stages, self.rows, self.block = consumers, stages, rows, block
         self.tokens = own[0].shape[1]
@@ -64,6 +67,8 @@ class Pass:
         self.own_empty = [Barrier(f"own_empty[{i}]", 1) for i in places]
         self.full = [Barrier(f"full[{i}]", 1) for i in ring]
         self.empty = [Barrier(f"empty[{i}]", consumers) for i in ring]
+        self.starts = [Barrier(f"starts[{i}]", 1) for i in range(consumers)]
+        self.starts *= turns and self.blocks > 1
 
     def tiles(self) -> list[tuple[int, int]]:
         firsts = range(0, self.tokens, self.rows * self.consumers)
@@ -103,8 +108,11 @@ class Pass:
         tiles = self.tiles()
         yield Wait(self.own_full[index], 0)
         yield Wait(self.full[0], 0)
-        tail = yield from self.scores(index, 0, self.tail)
+        tail = []
+        for n in range(2):
+            tail.append((yield from self.score(n, index, 0, self.tail)))
         yield Finish(Product)
+        start = 1 if index == 0 else 0
         stage = 0
         ahead, phase = self.next(0, 0)
         for turn, (pair, row) in enumerate(tiles):
@@ -115,23 +123,25 @@ class Pass:
             if not self.keys:
                 outside = torch.arange(self.tail) >= self.last
                 tail[0].value = tail[0].value.masked_fill(outside, -math.inf)
-            yield from self.products(tail, sums, stage, pair, row)
+            yield from self.products(tail, sums, stage, pair, row, index, start)
             for block in range(1, self.blocks):
                 yield Wait(self.full[ahead], phase)
-                scores = yield from self.scores(here, ahead, self.block)
+                scores, start = yield from self.scores(here, ahead, self.block, index, start)
                 yield Finish(Product)
                 yield Arrive(self.empty[stage])
                 if block == 1:
                     yield from self.release(turn, other)
                 stage = ahead
                 ahead, phase = self.next(stage, phase)
-                yield from self.products(scores, sums, stage, pair, row)
+                yield from self.products(scores, sums, stage, pair, row, index, start)
             if self.blocks == 1:
                 yield from self.release(turn, other)
             if turn + 1 < len(tiles):
                 yield Wait(self.full[ahead], phase)
                 yield Wait(self.own_full[other], ((turn + 1) >> 1) & 1)
-                tail = yield from self.scores(other, ahead, self.tail)
+                tail, start = yield from self.scores(other, ahead, self.tail, index, start)
+            elif self.starts:
+                yield Arrive(self.starts[(index + 1) % self.consumers])
             yield Finish(Product)
             yield Arrive(self.empty[stage])
             stage = ahead
@@ -146,14 +156,22 @@ class Pass:
         if turn > 0:
             yield Arrive(self.own_empty[other])
 
-    def scores(self, here: int, stage: int, width: int) -> Generator:
-        found = Sums(), Sums()
-        for own, read, sums in zip(self.owned, self.ring, found, strict=True):
-            cycles = SCORES * width / self.block
-            yield Product(own[here], read[stage], slice(0, width), sums, cycles, transposed=True)
-        return found
+    def scores(self, here: int, stage: int, width: int, index: int, start: int) -> Generator:
+        s = yield from self.score(0, here, stage, width)
+        if self.starts:
+            yield Arrive(self.starts[(index + 1) % self.consumers])
+        dp = yield from self.score(1, here, stage, width)
+        return (s, dp), start ^ 1
 
-    def products(self, scores, sums, stage: int, pair: int, row: int) -> Generator:
+    def score(self, which: int, here: int, stage: int, width: int) -> Generator:
+        sums, cycles = Sums(), SCORES * width / self.block
+        own, read = self.owned[which][here], self.ring[which][stage]
+        yield Product(own, read, slice(0, width), sums, cycles, transposed=True)
+        return sums
+
+    def products(
+        self, scores, sums, stage: int, pair: int, row: int, index: int, start: int
+    ) -> Generator:
         s, dp = (x.value for x in scores)
         width = s.shape[1]
         if self.keys:
@@ -167,6 +185,8 @@ class Pass:
         yield Exponentials(EXPONENTIALS * width / self.block)
         p = torch.exp2(s * self.scale - lse)
         ds = p * (dp - delta)
+        if self.starts:
+            yield Wait(self.starts[index], start)
         cycles = SUMS * width / self.block
         if self.keys:
             yield Product(p, self.ring[1][stage], slice(0, width), sums[1], cycles)

@@ -82,15 +82,16 @@ def test_shared_memory_is_used(name, dim):
     stages=st.integers(2, 4),
     rows=st.sampled_from([4, 16]),
     block=st.sampled_from([4, 8, 16]),
+    turns=st.booleans(),
 )
-def test_the_schedule_gives_the_gradients(tokens, pairs, consumers, stages, rows, block):
+def test_the_schedule_gives_the_gradients(tokens, pairs, consumers, stages, rows, block, turns):
     torch.manual_seed(tokens)
     q, k, v, d_out = torch.randn(4, pairs, tokens, 8, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     wanted = torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, d_out)
-    options = dict(consumers=consumers, stages=stages, rows=rows, block=block)
+    options = dict(consumers=consumers, stages=stages, rows=rows, block=block, turns=turns)
     with torch.no_grad():
-        found, _ = backward(q, k, v, d_out, **options)
+        found, spans = backward(q, k, v, d_out, **options)
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 

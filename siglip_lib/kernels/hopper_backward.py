@@ -73,10 +73,13 @@ class BackwardRoles(Roles):
         read: rows of a block of the ring.
         held: how many of the two blocks that a consumer owns lie in its registers as left operands. The tensor cores
             read the others from shared memory, which then gives them all that it can: as much as the ring's.
+        turns: whether consumers use the tensor cores one after the other. Without, two that have once come to compute
+            exponentials at the same time go on so, and the tensor cores wait.
     """
 
     read: int = 64
     held: int = 0
+    turns: bool = False
 
 
 # Sums of 64 rows take head_dim / 2 registers of a thread each, s and dp 32 each, rows that are held 20 at 72 channels
@@ -111,7 +114,7 @@ def _producer(own, read, lines, buffers, barriers, tokens, tiles, constants: gl.
     STAGES: gl.constexpr = constants[4]
     READ: gl.constexpr = constants[7]
     firsts, seconds, ring_firsts, ring_seconds, lse_ring, delta_ring = buffers
-    own_full, own_empty, full, empty = barriers
+    own_full, own_empty, full, empty, _ = barriers
     CHANNELS: gl.constexpr = _MAIN + firsts[1].shape[4] if REST else _MAIN
     LINES: gl.constexpr = 2 * READ * 4 if KEYS else 0
     # where q, k and v begin in the packed tensor; d_out is a tensor of its own
@@ -162,32 +165,36 @@ def _consumer(
     MANY: gl.constexpr = constants[6]
     READ: gl.constexpr = constants[7]
     HELD: gl.constexpr = constants[8]
-    own_full, own_empty, full, empty = barriers
+    TURNS: gl.constexpr = constants[9]
+    own_full, own_empty, full, empty, starts = barriers
     blocks = gl.cdiv(tokens, READ)
     turn = 0
     # s and dp of the first block of the first tile; those of the others are started at the end of the tile before
     mbarrier.wait(own_full.index(INDEX), 0)
     mbarrier.wait(full.index(0), 0)
     own = _owned(buffers, INDEX, HELD, REST)
-    tail, tail_dp = _scores(own, buffers, 0, TAIL, HELD, REST)
+    tail = _score(own, buffers, 0, 0, TAIL, HELD, REST)
+    tail_dp = _score(own, buffers, 1, 0, TAIL, HELD, REST)
     tail, tail_dp = warpgroup_mma_wait(0, [tail, tail_dp])
-    tile = gl.program_id(0)
-    values = _values_of(lines, tile, INDEX, tokens, padded, True, constants)
+    values = _values(lines, gl.program_id(0), INDEX, tokens, padded, True, constants)
     stage = 0  # of the block whose s and dp are there
     ahead, phase = _next(0, 0, STAGES)  # of the block after it
+    start = 1 if INDEX == 0 else 0  # the phase whose end lets this consumer start its products
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         here = (turn & 1) * CONSUMERS + INDEX
         # where the rows of the tile before were, and those of the next will be
         other = CONSUMERS - here + 2 * INDEX
+        own = _owned(buffers, here, HELD, REST)
         if not KEYS:
             COLUMNS: gl.constexpr = gl.SliceLayout(0, _product(TAIL))
             tail += mask.load(COLUMNS)[None, :]
         sums = _zeros(REST), _zeros(REST)
-        own = _owned(buffers, here, HELD, REST)
-        sums = _products(tail, tail_dp, sums, values, buffers, stage, scale, KEYS, REST)
+        sums = _products(tail, tail_dp, sums, values, buffers, stage, scale, starts, INDEX, start, constants)
         if MANY:
             mbarrier.wait(full.index(ahead), phase)
-            s, dp = _scores(own, buffers, ahead, READ, HELD, REST)
+            s = _score(own, buffers, 0, ahead, READ, HELD, REST)
+            start = _let_start(starts, INDEX, start, TURNS)
+            dp = _score(own, buffers, 1, ahead, READ, HELD, REST)
             s, dp, sums = _wait(s, dp, sums, KEYS, REST)
             mbarrier.arrive(empty.index(stage), count=1)
             # the gradients of the tile before have by now left the place of its rows
@@ -196,26 +203,29 @@ def _consumer(
             for _ in range(2, blocks):
                 stage = ahead
                 ahead, phase = _next(stage, phase, STAGES)
-                sums = _products(s, dp, sums, values, buffers, stage, scale, KEYS, REST)
+                sums = _products(s, dp, sums, values, buffers, stage, scale, starts, INDEX, start, constants)
                 mbarrier.wait(full.index(ahead), phase)
-                s, dp = _scores(own, buffers, ahead, READ, HELD, REST)
+                s = _score(own, buffers, 0, ahead, READ, HELD, REST)
+                start = _let_start(starts, INDEX, start, TURNS)
+                dp = _score(own, buffers, 1, ahead, READ, HELD, REST)
                 s, dp, sums = _wait(s, dp, sums, KEYS, REST)
                 mbarrier.arrive(empty.index(stage), count=1)
             stage = ahead
             ahead, phase = _next(stage, phase, STAGES)
-            sums = _products(s, dp, sums, values, buffers, stage, scale, KEYS, REST)
+            sums = _products(s, dp, sums, values, buffers, stage, scale, starts, INDEX, start, constants)
         else:
             tma.store_wait(0)
             mbarrier.arrive(own_empty.index(other), count=1, pred=turn > 0)
         # those of the next tile's first block; if there is none, of what lies there, and nobody reads them
-        more = tile + gl.num_programs(0) < tiles
+        after = tile + gl.num_programs(0)
+        more = after < tiles
         mbarrier.wait(full.index(ahead), phase, pred=more)
         mbarrier.wait(own_full.index(other), ((turn + 1) >> 1) & 1, pred=more)
         own = _owned(buffers, other, HELD, REST)
-        values = _values_of(
-            lines, tile + gl.num_programs(0), INDEX, tokens, padded, more, constants
-        )
-        tail, tail_dp = _scores(own, buffers, ahead, TAIL, HELD, REST)
+        values = _values(lines, after, INDEX, tokens, padded, more, constants)
+        tail = _score(own, buffers, 0, ahead, TAIL, HELD, REST)
+        start = _let_start(starts, INDEX, start, TURNS)
+        tail_dp = _score(own, buffers, 1, ahead, TAIL, HELD, REST)
         tail, tail_dp, sums = _wait(tail, tail_dp, sums, KEYS, REST)
         mbarrier.arrive(empty.index(stage), count=1)
         stage = ahead
@@ -253,36 +263,29 @@ def _left(block, HELD: gl.constexpr, REST: gl.constexpr):
 
 
 @gluon.jit
-def _scores(own, buffers, stage, READ: gl.constexpr, HELD: gl.constexpr, REST: gl.constexpr):
-    """Start s and dp of the first READ rows of a block of the ring."""
-    s = _score(own[0], _at(buffers[2], stage), READ, HELD > 0, REST)
-    dp = _score(own[1], _at(buffers[3], stage), READ, HELD > 1, REST)
-    return s, dp
-
-
-@gluon.jit
-def _score(left, block, READ: gl.constexpr, HELD: gl.constexpr, REST: gl.constexpr):
+def _score(
+    own, buffers, WHICH: gl.constexpr, stage, READ: gl.constexpr, HELD: gl.constexpr, REST: gl.constexpr
+):  # fmt: skip
+    """Start s (0) or dp (1) of the first READ rows of a block of the ring."""
+    main, rest = own[WHICH]
+    block = _at(buffers[2 + WHICH], stage)
     LAYOUT: gl.constexpr = _product(READ)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
     s = gl.zeros([_ROWS, READ], gl.float32, LAYOUT)
+    if HELD > WHICH:
+        main = gl.convert_layout(main, LEFT, assert_trivial=True)
     if REST:
+        if HELD > WHICH:
+            rest = gl.convert_layout(rest, LEFT, assert_trivial=True)
         rows = _matrix(block[1], READ).permute((1, 0))
-        narrow = left[1]
-        if HELD:
-            narrow = gl.convert_layout(narrow, LEFT, assert_trivial=True)
-        s = warpgroup_mma(narrow, rows, s, use_acc=False, is_async=True)
+        s = warpgroup_mma(rest, rows, s, use_acc=False, is_async=True)
     rows = _matrix(block[0], READ).permute((1, 0))
-    wide = left[0]
-    if HELD:
-        wide = gl.convert_layout(wide, LEFT, assert_trivial=True)
-    return warpgroup_mma(wide, rows, s, use_acc=REST > 0, is_async=True)
+    return warpgroup_mma(main, rows, s, use_acc=REST > 0, is_async=True)
 
 
 @gluon.jit
-def _products(
-    s, dp, sums, values, buffers, stage, scale, KEYS: gl.constexpr, REST: gl.constexpr
-):  # fmt: skip
-    """Take a block's s and dp into the sums, for which the products are started."""
+def _weights(s, dp, values, buffers, stage, scale, KEYS: gl.constexpr):
+    """Return p and ds as the products take them."""
     if KEYS:
         lse = _columns(buffers[4].index(stage), s)
         delta = _columns(buffers[5].index(stage), s)
@@ -290,11 +293,9 @@ def _products(
         lse = gl.convert_layout(values[0], gl.SliceLayout(1, s.type.layout))[:, None]
         delta = gl.convert_layout(values[1], gl.SliceLayout(1, s.type.layout))[:, None]
     p = gl.exp2(s * scale - lse)
-    second = sums[1]
-    if KEYS:
-        second = _add(p, _at(buffers[3], stage), second, REST)
     ds = p * (dp - delta)
-    return _add(ds, _at(buffers[2], stage), sums[0], REST), second
+    dtype: gl.constexpr = buffers[2][0].dtype
+    return p.to(dtype), ds.to(dtype)
 
 
 @gluon.jit
@@ -306,7 +307,7 @@ def _columns(buffer, s):
 
 
 @gluon.jit
-def _values_of(
+def _values(
     lines, tile, INDEX: gl.constexpr, tokens, padded, exists, constants: gl.constexpr
 ):  # fmt: skip
     """The lse and delta of the queries of a tile that a consumer owns; of keys none."""
@@ -324,17 +325,38 @@ def _values_of(
 
 
 @gluon.jit
+def _let_start(starts, INDEX: gl.constexpr, start, TURNS: gl.constexpr):
+    """Let the next consumer start while the last product of this one runs; return the phase to wait for next."""
+    if TURNS:
+        mbarrier.arrive(starts.index((INDEX + 1) % starts.shape[0]), count=1)
+    return start ^ 1
+
+
+@gluon.jit
+def _products(
+    s, dp, sums, values, buffers, stage, scale, starts, INDEX: gl.constexpr, start, constants: gl.constexpr
+):  # fmt: skip
+    """Take a block's s and dp into the sums, for which the products are started when it is this consumer's turn."""
+    KEYS: gl.constexpr = constants[0]
+    REST: gl.constexpr = constants[2]
+    p, ds = _weights(s, dp, values, buffers, stage, scale, KEYS)
+    if constants[9]:
+        mbarrier.wait(starts.index(INDEX), start)
+    second = sums[1]
+    if KEYS:
+        second = _add(p, _at(buffers[3], stage), second, REST)
+    return _add(ds, _at(buffers[2], stage), sums[0], REST), second
+
+
+@gluon.jit
 def _add(weights, block, sums, REST: gl.constexpr):
-    """Start to add weights @ block to the sums."""
     ROWS: gl.constexpr = weights.shape[1]
-    weights = weights.to(block[0].dtype)
     main, rest = sums
     if REST:
         NARROW: gl.constexpr = gl.DotOperandLayout(0, _product(REST), 2)
         left = gl.convert_layout(weights, NARROW, assert_trivial=True)
-        rest = warpgroup_mma(
-            left, _matrix(block[1], ROWS).slice(0, REST, 1), rest, is_async=True
-        )
+        rows = _matrix(block[1], ROWS).slice(0, REST, 1)
+        rest = warpgroup_mma(left, rows, rest, is_async=True)
     WIDE: gl.constexpr = gl.DotOperandLayout(0, _product(_MAIN), 2)
     left = gl.convert_layout(weights, WIDE, assert_trivial=True)
     return warpgroup_mma(left, _matrix(block[0], ROWS), main, is_async=True), rest
@@ -415,6 +437,7 @@ def _backward_kernel(
     MANY: gl.constexpr,  # whether there is more than one
     READ: gl.constexpr,
     HELD: gl.constexpr,
+    TURNS: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -426,7 +449,8 @@ def _backward_kernel(
     ring_firsts = _ring(reads, STAGES, REST)
     ring_seconds = _ring(reads, STAGES, REST)
     own_full, own_empty = _barriers(2 * CONSUMERS, 1), _barriers(2 * CONSUMERS, 1)
-    barriers = (own_full, own_empty, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS))
+    full, empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
+    barriers = (own_full, own_empty, full, empty, _barriers(CONSUMERS, 1))
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     lines = (lse, delta)
     if KEYS:
@@ -447,7 +471,7 @@ def _backward_kernel(
     buffers = (firsts, seconds, ring_firsts, ring_seconds, lse_ring, delta_ring)
     fence_async_shared()  # so that the TMA unit, too, finds the barriers initialised
 
-    constants: gl.constexpr = (KEYS, HEADS, REST, CONSUMERS, STAGES, TAIL, MANY, READ, HELD)
+    constants: gl.constexpr = (KEYS, HEADS, REST, CONSUMERS, STAGES, TAIL, MANY, READ, HELD, TURNS)
     outs = (out_main, out_rest)
     R: gl.constexpr = REGISTERS
     P: gl.constexpr = PRODUCER_REGISTERS
@@ -501,6 +525,8 @@ def constants_of(name: str, dim: int, heads: int, tokens: int) -> dict[str, int 
         MANY=tokens > roles.read,
         READ=roles.read,
         HELD=roles.held,
+        # with one block a tile the first in turn would wait for a copy into the place of one that waits for its turn
+        TURNS=roles.turns and tokens > roles.read,
         CONSUMERS=roles.consumers,
         STAGES=roles.stages,
         REGISTERS=roles.registers,
