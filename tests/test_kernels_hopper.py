@@ -102,8 +102,9 @@ def test_a_head_is_copied_in_two_parts(dim, rest):
     assert (other is None) if rest is None else (other.block_shape == [1, 64, 1, rest])
 
 
+@pytest.mark.parametrize("programs", [1, 3, 4])
 @pytest.mark.parametrize("bad", [[0], [3, 64], range(70), []])
-def test_blocks_without_an_lse_are_computed_again(bad):
+def test_blocks_without_an_lse_are_computed_again(bad, programs, monkeypatch):
     """Blocks of queries of which one has no lse, and no others; it needs no Hopper."""
     if not is_interpreted(hopper_attention._redo_kernel):
         pytest.skip("on a GPU it is tested with the other kernel")
@@ -112,9 +113,10 @@ def test_blocks_without_an_lse_are_computed_again(bad):
     right, lse = flash_attention._forward(qkv, 0.1)
     marked, out = lse.clone(), torch.zeros_like(right)
     marked[1, 0, list(bad)] = math.nan
-    constants = flash_attention.constants_of("forward", 72, 2, 70, (9, 0))
-    sizes = (0.1 * math.log2(math.e), 70, lse.shape[2])
-    hopper_attention._redo_kernel[(2 * 2,)](qkv, out, marked, *sizes, **constants)
+    monkeypatch.setattr(hopper_attention, "_AT_ONCE", 2)
+    constants = hopper_attention.redo_constants(72, 2, 70)
+    sizes = (0.1 * math.log2(math.e), 70, lse.shape[2], 2 * 2)
+    hopper_attention._redo_kernel[(programs,)](qkv, out, marked, *sizes, **constants)
     again = torch.zeros_like(right)
     if bad:
         again[1, :, 0] = right[1, :, 0]

@@ -52,6 +52,7 @@ _ROWS = gl.constexpr(
 _MAIN = gl.constexpr(64)  # channels in the main part of a head; the others are the rest
 _PRODUCER_REGISTERS = 24  # the fewest that a warpgroup may have
 OWN_BACKWARD = False  # whether gradients come from hopper_backward.py, which nobody has timed yet
+_AT_ONCE = 32  # blocks whose lse are looked at together
 _LARGEST_SUM = gl.constexpr(2.0**64)  # with values up to 2**63 no product overflows
 
 
@@ -474,18 +475,33 @@ def _hopper_kernel(
 
 @triton.jit
 def _redo_kernel(
-    qkv, out, lse, scale, tokens, padded,
+    qkv, out, lse, scale, tokens, padded, blocks,
     HEADS: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    OWN: tl.constexpr, READ: tl.constexpr, MASKED: tl.constexpr,
+    OWN: tl.constexpr, READ: tl.constexpr, MASKED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a block of queries again, in the exact way, if the lse of one of them is NaN."""
-    block, pair, _, _ = flash_attention._place(tokens, HEADS, OWN)
-    queries = block * OWN + tl.arange(0, OWN)
-    found = tl.load(lse + pair * padded + queries)
-    if tl.max((found != found).to(tl.int32), 0) != 0:
-        flash_attention._forward_kernel(
-            qkv, out, lse, scale, tokens, padded, HEADS, DIM, MAIN, REST, OWN, READ, MASKED
-        )
+    """Compute those blocks of queries again, in the exact way, of which one has NaN as its lse.
+
+    A thread block looks after every so many blocks, at AT_ONCE of them in one load: mostly there is nothing to do, and
+    that should take no time. A row of lse is as long as its blocks.
+    """
+    step = tl.num_programs(0)
+    rows = tl.arange(0, OWN)
+    for start in range(tl.program_id(0), blocks, step * AT_ONCE):
+        numbers = start + step * tl.arange(0, AT_ONCE)
+        real = (numbers < blocks)[:, None]
+        found = tl.load(lse + numbers[:, None] * OWN + rows[None, :], mask=real, other=0.0)
+        if _any_nan(found):
+            for number in range(start, min(blocks, start + step * AT_ONCE), step):
+                if _any_nan(tl.load(lse + number * OWN + rows)):
+                    flash_attention._forward_block(
+                        number, qkv, out, lse, scale, tokens, padded,
+                        HEADS, DIM, MAIN, REST, OWN, READ, MASKED,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _any_nan(x):
+    return tl.max(tl.reshape((x != x).to(tl.int32), [x.numel]), 0) != 0
 
 
 # --- launches, and the operator that autograd and compiled code see ---
@@ -548,6 +564,12 @@ def constants_of(dim: int, heads: int, tokens: int, exact: bool) -> dict[str, in
     )
 
 
+def redo_constants(dim: int, heads: int, tokens: int) -> dict[str, int | bool]:
+    """Return what the second kernel is compiled with, beside its arguments."""
+    constants = flash_attention.constants_of("forward", dim, heads, tokens, _HOPPER)
+    return constants | dict(AT_ONCE=_AT_ONCE)
+
+
 @functools.cache
 def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -571,9 +593,10 @@ def _launch(qkv: Tensor, scale: float, exact: bool) -> tuple[Tensor, Tensor]:
             *descriptors(packed), *descriptors(out), lse, scale, tokens, padded, tiles, **constants
         )
         if not exact:
-            constants = flash_attention.constants_of("forward", dim, heads, tokens, _HOPPER)
-            programs = triton.cdiv(tokens, constants["OWN"]) * batch * heads
-            _redo_kernel[(programs,)](qkv, out, lse, scale, tokens, padded, **constants)
+            constants = redo_constants(dim, heads, tokens)
+            blocks = triton.cdiv(tokens, constants["OWN"]) * batch * heads
+            programs = min(blocks, 2 * _multiprocessors(qkv.get_device()))
+            _redo_kernel[(programs,)](qkv, out, lse, scale, tokens, padded, blocks, **constants)
     return out, lse
 
 

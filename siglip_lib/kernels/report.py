@@ -140,8 +140,8 @@ def hopper_launches(dims: Sequence[int] = TRITON_HEAD_DIMS, tokens: int = 729) -
             found[f"{name} {dim}"] = Launch(
                 hopper_attention._hopper_kernel, (9, 0), given, constants
             )
-        constants = flash_attention.constants_of("forward", dim, 16, tokens, (9, 0))
-        given = (torch.bfloat16, torch.bfloat16, torch.float32, 0.1, *sizes[:2])
+        constants = hopper_attention.redo_constants(dim, 16, tokens)
+        given = (torch.bfloat16, torch.bfloat16, torch.float32, 0.1, *sizes)
         found[f"hopper redo {dim}"] = Launch(
             hopper_attention._redo_kernel, (9, 0), given, constants
         )
