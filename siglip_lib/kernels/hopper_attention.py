@@ -52,6 +52,7 @@ _ROWS = gl.constexpr(
 _MAIN = gl.constexpr(64)  # channels in the main part of a head; the others are the rest
 _PRODUCER_REGISTERS = 24  # the fewest that a warpgroup may have
 OWN_BACKWARD = False  # whether gradients come from hopper_backward.py, which nobody has timed yet
+SMALL_BATCHES = False  # whether these are made up in a way of their own, which nobody has timed yet
 _AT_ONCE = 32  # blocks whose lse are looked at together
 _LARGEST_SUM = gl.constexpr(2.0**64)  # with values up to 2**63 no product overflows
 
@@ -84,6 +85,14 @@ ROLES = {
     80: Roles(3, 8, 160),
     96: Roles(3, 6, 160),
     128: Roles(3, 4, 160),
+}
+# Where tiles of two consumers find a multiprocessor each: a small batch then uses more of them
+SMALL = {
+    64: Roles(2, 12, 240),
+    72: Roles(2, 9, 240),
+    80: Roles(2, 9, 240),
+    96: Roles(2, 7, 240),
+    128: Roles(2, 5, 240),
 }
 
 
@@ -464,6 +473,12 @@ def _hopper_kernel(
             (_consumer, (3, outs, buffers, barriers, mask, lse, scale, tokens, padded, tiles, constants)),
             (_producer, (descriptors, buffers, barriers, tokens, tiles, constants)),
         ], [4, 4, 4, 1], [R, R, R, P])  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize([
+            (_consumer, (0, outs, buffers, barriers, mask, lse, scale, tokens, padded, tiles, constants)),
+            (_consumer, (1, outs, buffers, barriers, mask, lse, scale, tokens, padded, tiles, constants)),
+            (_producer, (descriptors, buffers, barriers, tokens, tiles, constants)),
+        ], [4, 1], [R, P])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consumer, (0, outs, buffers, barriers, mask, lse, scale, tokens, padded, tiles, constants)),
@@ -545,9 +560,11 @@ def _described(shape: torch.Size, dtype: torch.dtype, rows: int) -> list[TensorD
 
 
 @functools.lru_cache(maxsize=64)
-def constants_of(dim: int, heads: int, tokens: int, exact: bool) -> dict[str, int | bool]:
-    """Return what the kernel is compiled with, beside its arguments."""
-    roles = ROLES[dim]
+def constants_of(
+    dim: int, heads: int, tokens: int, exact: bool, small: bool = False
+) -> dict[str, int | bool]:
+    """Return what the kernel is compiled with, beside its arguments; small: for a small batch."""
+    roles = (SMALL if small else ROLES)[dim]
     last = (tokens - 1) % _ROWS.value + 1
     return dict(
         HEADS=heads,
@@ -584,18 +601,20 @@ def _launch(qkv: Tensor, scale: float, exact: bool) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, dim = qkv.shape
     out, lse = _forward_fake(qkv, scale)
     padded, scale = lse.shape[2], scale * math.log2(math.e)
-    constants = constants_of(dim, heads, tokens, exact)
+    multiprocessors = _multiprocessors(qkv.get_device())
+    small = triton.cdiv(tokens, 2 * _ROWS.value) * batch * heads <= multiprocessors
+    constants = constants_of(dim, heads, tokens, exact, small and SMALL_BATCHES)
     tiles = triton.cdiv(tokens, _ROWS.value * constants["CONSUMERS"]) * batch * heads
     packed = qkv.view(batch, tokens, 3 * heads, dim)
     with torch.cuda.device_of(qkv):  # Triton launches on the current GPU, not on the tensor's
-        programs = min(tiles, _multiprocessors(qkv.get_device()))
+        programs = min(tiles, multiprocessors)
         _hopper_kernel[(programs,)](
             *descriptors(packed), *descriptors(out), lse, scale, tokens, padded, tiles, **constants
         )
         if not exact:
             constants = redo_constants(dim, heads, tokens)
             blocks = triton.cdiv(tokens, constants["OWN"]) * batch * heads
-            programs = min(blocks, 2 * _multiprocessors(qkv.get_device()))
+            programs = min(blocks, 2 * multiprocessors)
             _redo_kernel[(programs,)](qkv, out, lse, scale, tokens, padded, blocks, **constants)
     return out, lse
 

@@ -134,8 +134,12 @@ def hopper_launches(dims: Sequence[int] = TRITON_HEAD_DIMS, tokens: int = 729) -
         out = packed[:, :, :16].contiguous()
         described = *hopper_attention.descriptors(packed), *hopper_attention.descriptors(out)
         sizes = tokens, flash_attention._padded(tokens), 1
-        for name, exact in (("hopper", False), ("hopper exact", True)):
-            constants = hopper_attention.constants_of(dim, 16, tokens, exact)
+        for name, options in {
+            "hopper": (False,),
+            "hopper exact": (True,),
+            "hopper small": (False, True),
+        }.items():
+            constants = hopper_attention.constants_of(dim, 16, tokens, *options)
             given = (*described, torch.float32, 0.1, *sizes)
             found[f"{name} {dim}"] = Launch(
                 hopper_attention._hopper_kernel, (9, 0), given, constants
