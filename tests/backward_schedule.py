@@ -25,7 +25,12 @@ from siglip_lib.classroom.schedule import (
     run,
 )
 
-COPY, SCORES, SUMS, EXPONENTIALS = 320, 160, 144, 256  # cycles at head_dim 72, as hopper_schedule counts them
+COPY, SCORES, SUMS, EXPONENTIALS = (
+    320,
+    160,
+    144,
+    256,
+)  # cycles at head_dim 72, as hopper_schedule counts them
 
 
 class Pass:
@@ -146,7 +151,9 @@ class Pass:
             yield Arrive(self.empty[stage])
             stage = ahead
             ahead, phase = self.next(stage, phase)
-            for i, (out, factor) in enumerate(zip(self.outs, (self.plain_scale, 1.0), strict=False)):
+            for i, (out, factor) in enumerate(
+                zip(self.outs, (self.plain_scale, 1.0), strict=False)
+            ):
                 to = out[pair, row : row + self.rows]
                 yield Store(sums[i].value * factor, self.owned[i][here], to, COPY)
         yield Finish(Store)
@@ -193,7 +200,9 @@ class Pass:
         yield Product(ds, self.ring[0][stage], slice(0, width), sums[0], cycles)
 
 
-def backward(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, **options: object) -> tuple[list[Tensor], list[Span]]:
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, **options: object
+) -> tuple[list[Tensor], list[Span]]:
     """Compute dq, dk and dv (pairs, N, channels) of attention by the kernel's schedule, and what the units did."""
     scores = q @ k.mT * q.shape[-1] ** -0.5
     out = scores.softmax(-1) @ v

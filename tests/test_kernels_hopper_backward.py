@@ -91,7 +91,7 @@ def test_the_schedule_gives_the_gradients(tokens, pairs, consumers, stages, rows
     wanted = torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, d_out)
     options = dict(consumers=consumers, stages=stages, rows=rows, block=block, turns=turns)
     with torch.no_grad():
-        found, spans = backward(q, k, v, d_out, **options)
+        found, _ = backward(q, k, v, d_out, **options)
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 
@@ -135,7 +135,9 @@ def test_delta(dim, tokens):
     assert (delta[..., tokens:] == 0).all()
 
 
-@pytest.mark.parametrize(("tokens", "tail", "many"), [(1, 16, False), (64, 64, False), (729, 32, True)])
+@pytest.mark.parametrize(
+    ("tokens", "tail", "many"), [(1, 16, False), (64, 64, False), (729, 32, True)]
+)
 def test_the_last_block_is_as_narrow_as_it_can_be(tokens, tail, many):
     for name in ("keys", "queries"):
         constants = hopper_backward.constants_of(name, 72, 16, tokens)
@@ -153,7 +155,8 @@ def test_gradients_take_it_where_asked(monkeypatch):
         assert gradient.shape == qkv.shape
         assert counted.get_total_flops() == (4 + 10) * 2 * 4 * 9 * 9 * 72
         taken.append({str(x) for x in counted.get_flop_counts()["Global"]})
-    assert [("siglip_lib.hopper_attention_backward" in names) for names in taken] == [False, True]
+    # by the last part of an operator's name
+    assert [any("hopper_attention_b" in x for x in names) for names in taken] == [False, True]
 
 
 # --- on a GPU ---

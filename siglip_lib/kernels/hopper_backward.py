@@ -7,9 +7,9 @@ two others, which the producer has copied into a ring (all symbols as in flash_a
     keys       k, v        q, d_out    s.T = k @ q.T     dp.T = v @ d_out.T    dk += ds.T @ q, dv += p.T @ d_out
     queries    q, d_out    k, v        s = q @ k.T       dp = d_out @ v.T      dq += ds @ k
 
-So one kernel is written, and compiled twice. What a consumer adds up stays in its registers: nobody else adds to it, and
-every run gives the same bits. p and ds are left operands of products and never leave the registers either. The price
-is that s and dp are computed twice: seven products where one pass with atomic additions has five.
+So one kernel is written, and compiled twice. What a consumer adds up stays in its registers: nobody else adds to it,
+and every run gives the same bits. p and ds are left operands of products and never leave the registers either. The
+price is that s and dp are computed twice: seven products where one pass with atomic additions has five.
 
 A consumer starts the products with p and ds of one block and those that give s and dp of the next, and waits for all of
 them at once. While it then computes exponentials, the tensor cores work for the other consumers.
@@ -57,7 +57,6 @@ from siglip_lib.kernels.hopper_attention import (
     _place,
     _product,
     _ring,
-    _scaled,
     _zeros,
     descriptors,
 )
@@ -152,8 +151,7 @@ def _producer(own, read, lines, buffers, barriers, tokens, tiles, constants: gl.
 
 @gluon.jit
 def _consumer(
-    INDEX: gl.constexpr, outs, lines, buffers, barriers, mask, scale, plain_scale, tokens, padded, tiles,
-    constants: gl.constexpr,
+    INDEX: gl.constexpr, outs, lines, buffers, barriers, mask, factors, tokens, padded, tiles, constants: gl.constexpr
 ):  # fmt: skip
     """Compute the gradients of 64 rows of each tile."""
     KEYS: gl.constexpr = constants[0]
@@ -167,6 +165,7 @@ def _consumer(
     HELD: gl.constexpr = constants[8]
     TURNS: gl.constexpr = constants[9]
     own_full, own_empty, full, empty, starts = barriers
+    scale, plain_scale = factors
     blocks = gl.cdiv(tokens, READ)
     turn = 0
     # s and dp of the first block of the first tile; those of the others are started at the end of the tile before
@@ -189,7 +188,9 @@ def _consumer(
             COLUMNS: gl.constexpr = gl.SliceLayout(0, _product(TAIL))
             tail += mask.load(COLUMNS)[None, :]
         sums = _zeros(REST), _zeros(REST)
-        sums = _products(tail, tail_dp, sums, values, buffers, stage, scale, starts, INDEX, start, constants)
+        sums = _products(
+            tail, tail_dp, sums, values, buffers, stage, scale, starts, INDEX, start, constants
+        )
         if MANY:
             mbarrier.wait(full.index(ahead), phase)
             s = _score(own, buffers, 0, ahead, READ, HELD, REST)
@@ -203,7 +204,9 @@ def _consumer(
             for _ in range(2, blocks):
                 stage = ahead
                 ahead, phase = _next(stage, phase, STAGES)
-                sums = _products(s, dp, sums, values, buffers, stage, scale, starts, INDEX, start, constants)
+                sums = _products(
+                    s, dp, sums, values, buffers, stage, scale, starts, INDEX, start, constants
+                )
                 mbarrier.wait(full.index(ahead), phase)
                 s = _score(own, buffers, 0, ahead, READ, HELD, REST)
                 start = _let_start(starts, INDEX, start, TURNS)
@@ -212,7 +215,9 @@ def _consumer(
                 mbarrier.arrive(empty.index(stage), count=1)
             stage = ahead
             ahead, phase = _next(stage, phase, STAGES)
-            sums = _products(s, dp, sums, values, buffers, stage, scale, starts, INDEX, start, constants)
+            sums = _products(
+                s, dp, sums, values, buffers, stage, scale, starts, INDEX, start, constants
+            )
         else:
             tma.store_wait(0)
             mbarrier.arrive(own_empty.index(other), count=1, pred=turn > 0)
@@ -472,20 +477,20 @@ def _backward_kernel(
     fence_async_shared()  # so that the TMA unit, too, finds the barriers initialised
 
     constants: gl.constexpr = (KEYS, HEADS, REST, CONSUMERS, STAGES, TAIL, MANY, READ, HELD, TURNS)
-    outs = (out_main, out_rest)
+    outs, factors = (out_main, out_rest), (scale, plain_scale)
     R: gl.constexpr = REGISTERS
     P: gl.constexpr = PRODUCER_REGISTERS
     if CONSUMERS == 3:
         gl.warp_specialize([
-            (_consumer, (0, outs, lines, buffers, barriers, mask, scale, plain_scale, tokens, padded, tiles, constants)),
-            (_consumer, (1, outs, lines, buffers, barriers, mask, scale, plain_scale, tokens, padded, tiles, constants)),
-            (_consumer, (2, outs, lines, buffers, barriers, mask, scale, plain_scale, tokens, padded, tiles, constants)),
+            (_consumer, (0, outs, lines, buffers, barriers, mask, factors, tokens, padded, tiles, constants)),
+            (_consumer, (1, outs, lines, buffers, barriers, mask, factors, tokens, padded, tiles, constants)),
+            (_consumer, (2, outs, lines, buffers, barriers, mask, factors, tokens, padded, tiles, constants)),
             (_producer, (own, read, lines, buffers, barriers, tokens, tiles, constants)),
         ], [4, 4, 1], [R, R, P])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consumer, (0, outs, lines, buffers, barriers, mask, scale, plain_scale, tokens, padded, tiles, constants)),
-            (_consumer, (1, outs, lines, buffers, barriers, mask, scale, plain_scale, tokens, padded, tiles, constants)),
+            (_consumer, (0, outs, lines, buffers, barriers, mask, factors, tokens, padded, tiles, constants)),
+            (_consumer, (1, outs, lines, buffers, barriers, mask, factors, tokens, padded, tiles, constants)),
             (_producer, (own, read, lines, buffers, barriers, tokens, tiles, constants)),
         ], [4, 1], [R, P])  # fmt: skip
 
@@ -569,9 +574,7 @@ def _backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
     sizes = scale * math.log2(math.e), scale, tokens, padded
     with torch.cuda.device_of(qkv):  # Triton launches on the current GPU, not on the tensor's
         programs = batch * padded * heads // _DELTAS
-        _delta_kernel[(programs,)](
-            out, d_out, delta, tokens, padded, **delta_constants(dim, heads)
-        )
+        _delta_kernel[(programs,)](out, d_out, delta, tokens, padded, **delta_constants(dim, heads))
         for name in ("keys", "queries"):
             constants = constants_of(name, dim, heads, tokens)
             tiles = triton.cdiv(tokens, _ROWS.value * constants["CONSUMERS"]) * batch * heads
