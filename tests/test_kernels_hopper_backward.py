@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton.experimental.gluon")
 
 from backward_schedule import Pass, backward
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_kernels_flash_attention import assert_good, draw, results
 from test_kernels_hopper import SHARED, hopper  # noqa: F401  a fixture
@@ -84,6 +84,7 @@ def test_shared_memory_is_used(name, dim):
     block=st.sampled_from([4, 8, 16]),
     turns=st.booleans(),
 )
+@example(tokens=1, pairs=3, consumers=2, stages=2, rows=4, block=4, turns=True)
 def test_the_schedule_gives_the_gradients(tokens, pairs, consumers, stages, rows, block, turns):
     torch.manual_seed(tokens)
     q, k, v, d_out = torch.randn(4, pairs, tokens, 8, dtype=torch.float64)
@@ -94,6 +95,21 @@ def test_the_schedule_gives_the_gradients(tokens, pairs, consumers, stages, rows
         found, _ = backward(q, k, v, d_out, **options)
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def low(qkv):
+    """Scores so far below 0 that exp2(-lse), the weight of a key of zeros past the end, is infinite."""
+    with torch.no_grad():
+        qkv[:, :, 0] += 40
+        qkv[:, :, 1] -= 40
+    return qkv
+
+
+def test_keys_past_the_end_are_masked():
+    qkv = low(torch.randn(2, 21, 3, 8, dtype=torch.float64))
+    q, k, v = qkv.unbind(2)
+    found, _ = backward(q, k, v, torch.randn_like(q), rows=16, block=16)
+    assert all(x.isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize("keys", [False, True])
@@ -176,6 +192,12 @@ def test_real_shapes(own_backward, dim, tokens, dtype):
         qkv = draw(batch, tokens, 4, dim, own_backward, dtype)
         assert_good(qkv, hopper_attention.hopper_attention)
     qkv = draw(1, tokens, 4, dim, own_backward, dtype, size=10.0)
+    assert_good(qkv, hopper_attention.hopper_attention)
+
+
+@pytest.mark.parametrize("tokens", [65, 729])
+def test_scores_far_below_zero(own_backward, tokens):
+    qkv = low(draw(2, tokens, 4, 72, own_backward, torch.bfloat16))
     assert_good(qkv, hopper_attention.hopper_attention)
 
 
