@@ -49,6 +49,7 @@ from siglip_lib.kernels.hopper_attention import (
     _ROWS,
     Roles,
     _at,
+    _at_address,
     _barriers,
     _copy,
     _matrix,
@@ -548,7 +549,13 @@ def delta_constants(dim: int, heads: int) -> dict[str, int]:
 
 def _line(x: Tensor, columns: int) -> TensorDescriptor:
     """What the TMA unit needs to copy so many values of a row of lse or delta (B, heads, padded)."""
-    rows, padded = x.shape[0] * x.shape[1], x.shape[2]
+    return _at_address(_described_line(x.shape, columns), x)
+
+
+@functools.lru_cache(maxsize=32)
+def _described_line(shape: torch.Size, columns: int) -> TensorDescriptor:
+    rows, padded = shape[0] * shape[1], shape[2]
+    x = torch.empty(rows, padded, device="meta")
     layout = gl.NVMMASharedLayout(0, 32, 2)
     return TensorDescriptor(x, [rows, padded], [padded, 1], [1, columns], layout)
 
