@@ -58,7 +58,8 @@ def assert_fast(reports):
         if "redo" in name:  # seldom does anything
             continue
         dim = int(name.split()[-1])
-        roles = hopper_attention.ROLES[dim]
+        made_up = hopper_attention.SMALL if "small" in name else hopper_attention.ROLES
+        roles = made_up[dim]
         assert report.registers <= roles.registers_at_start, name
         assert report.shared <= SHARED, name
         assert report.spilled <= SPILLED.get(name, 0), name
@@ -75,7 +76,7 @@ def assert_fast(reports):
 
 def test_the_compiler_leaves_the_products_asynchronous():
     reports = compile_reports(hopper_launches([72]), opcodes=True)
-    assert list(reports) == ["hopper 72", "hopper exact 72", "hopper redo 72"]
+    assert list(reports) == [f"hopper{x} 72" for x in ("", " exact", " small", " redo")]
     assert_fast(reports)
 
 
@@ -95,13 +96,14 @@ def test_every_form_compiles(tokens):
     reports = compile_reports(hopper_launches(tokens=tokens), opcodes=tokens > 64)
     if tokens > 64:
         assert_fast(reports)
-    assert len(reports) == 3 * len(HEAD_DIMS)
+    assert len(reports) == 4 * len(HEAD_DIMS)
     assert not any(report.serialised for report in reports.values())
 
 
+@pytest.mark.parametrize("made_up", [hopper_attention.ROLES, hopper_attention.SMALL])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_registers_and_shared_memory_are_shared_out(dim):
-    roles = hopper_attention.ROLES[dim]
+def test_registers_and_shared_memory_are_shared_out(dim, made_up):
+    roles = made_up[dim]
     start, threads = roles.registers_at_start, 128 * (roles.consumers + 1)
     assert start * threads <= REGISTERS < (start + 8) * threads
     # the first consumer is run by the warps that start, which keep what the others leave
@@ -139,8 +141,9 @@ def test_a_head_is_copied_in_two_parts(dim, rest):
     assert (other is None) if rest is None else (other.block_shape == [1, 64, 1, rest])
 
 
+@pytest.mark.parametrize("programs", [1, 3, 4])
 @pytest.mark.parametrize("bad", [[0], [3, 64], range(70), []])
-def test_blocks_without_an_lse_are_computed_again(bad):
+def test_blocks_without_an_lse_are_computed_again(bad, programs, monkeypatch):
     """Blocks of queries of which one has no lse, and no others; it needs no Hopper."""
     if not is_interpreted(hopper_attention._redo_kernel):
         pytest.skip("on a GPU it is tested with the other kernel")
@@ -148,13 +151,14 @@ def test_blocks_without_an_lse_are_computed_again(bad):
     qkv = torch.randn(2, 70, 3, 2, 72)
     right, lse = flash_attention._forward(qkv, 0.1)
     marked, out = lse.clone(), torch.zeros_like(right)
-    marked[1, 0, list(bad)] = math.nan
-    constants = flash_attention.constants_of("forward", 72, 2, 70, (9, 0))
-    sizes = (0.1 * math.log2(math.e), 70, lse.shape[2])
-    hopper_attention._redo_kernel[(2 * 2,)](qkv, out, marked, *sizes, **constants)
+    marked[1, 1, list(bad)] = math.nan
+    monkeypatch.setattr(hopper_attention, "_AT_ONCE", 2)
+    constants = hopper_attention.redo_constants(72, 2, 70)
+    sizes = (0.1 * math.log2(math.e), 70, lse.shape[2], 2 * 2)
+    hopper_attention._redo_kernel[(programs,)](qkv, out, marked, *sizes, **constants)
     again = torch.zeros_like(right)
     if bad:
-        again[1, :, 0] = right[1, :, 0]
+        again[1, :, 1] = right[1, :, 1]
     torch.testing.assert_close(out, again)
     torch.testing.assert_close(marked, lse)
 

@@ -51,6 +51,9 @@ _ROWS = gl.constexpr(
 )  # queries of a consumer, and keys of a block: the rows of a product of the tensor cores
 _MAIN = gl.constexpr(64)  # channels in the main part of a head; the others are the rest
 _PRODUCER_REGISTERS = 24  # the fewest that a warpgroup may have
+OWN_BACKWARD = False  # whether gradients come from hopper_backward.py, which nobody has timed yet
+SMALL_BATCHES = False  # whether these are made up in a way of their own, which nobody has timed yet
+_AT_ONCE = 32  # blocks whose lse are looked at together
 _LARGEST_SUM = gl.constexpr(2.0**64)  # with values up to 2**63 no product overflows
 
 
@@ -82,6 +85,14 @@ ROLES = {
     80: Roles(3, 8, 160),
     96: Roles(3, 6, 160),
     128: Roles(3, 4, 160),
+}
+# Where tiles of two consumers find a multiprocessor each: a small batch then uses more of them
+SMALL = {
+    64: Roles(2, 12, 240),
+    72: Roles(2, 9, 240),
+    80: Roles(2, 9, 240),
+    96: Roles(2, 7, 240),
+    128: Roles(2, 5, 240),
 }
 
 
@@ -390,15 +401,16 @@ def _store_output(outs, sample, row, head, o, total, place, REST: gl.constexpr):
 
 @gluon.jit
 def _ring(descriptors, BUFFERS: gl.constexpr, REST: gl.constexpr):
-    """Buffers for 64 rows of a head, in both parts; without a rest its part is a second name of the main one."""
+    """Buffers for rows of a head, in both parts; without a rest its part is a second name of the main one."""
+    ROWS: gl.constexpr = descriptors[0].block_shape[1]
     LAYOUT: gl.constexpr = descriptors[0].layout
-    main = gl.allocate_shared_memory(descriptors[0].dtype, [BUFFERS, 1, _ROWS, 1, _MAIN], LAYOUT)
+    main = gl.allocate_shared_memory(descriptors[0].dtype, [BUFFERS, 1, ROWS, 1, _MAIN], LAYOUT)
     rest = main
     if REST:
         REST_LAYOUT: gl.constexpr = descriptors[1].layout
         WIDTH: gl.constexpr = descriptors[1].block_shape[3]
         rest = gl.allocate_shared_memory(
-            descriptors[1].dtype, [BUFFERS, 1, _ROWS, 1, WIDTH], REST_LAYOUT
+            descriptors[1].dtype, [BUFFERS, 1, ROWS, 1, WIDTH], REST_LAYOUT
         )
     return main, rest
 
@@ -461,6 +473,12 @@ def _hopper_kernel(
             (_consumer, (3, outs, buffers, barriers, mask, lse, scale, tokens, padded, tiles, constants)),
             (_producer, (descriptors, buffers, barriers, tokens, tiles, constants)),
         ], [4, 4, 4, 1], [R, R, R, P])  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize([
+            (_consumer, (0, outs, buffers, barriers, mask, lse, scale, tokens, padded, tiles, constants)),
+            (_consumer, (1, outs, buffers, barriers, mask, lse, scale, tokens, padded, tiles, constants)),
+            (_producer, (descriptors, buffers, barriers, tokens, tiles, constants)),
+        ], [4, 1], [R, P])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consumer, (0, outs, buffers, barriers, mask, lse, scale, tokens, padded, tiles, constants)),
@@ -472,32 +490,48 @@ def _hopper_kernel(
 
 @triton.jit
 def _redo_kernel(
-    qkv, out, lse, scale, tokens, padded,
+    qkv, out, lse, scale, tokens, padded, blocks,
     HEADS: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    OWN: tl.constexpr, READ: tl.constexpr, MASKED: tl.constexpr,
+    OWN: tl.constexpr, READ: tl.constexpr, MASKED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a block of queries again, in the exact way, if the lse of one of them is NaN."""
-    block, pair, _, _ = flash_attention._place(tokens, HEADS, OWN)
-    queries = block * OWN + tl.arange(0, OWN)
-    found = tl.load(lse + pair * padded + queries)
-    if tl.max((found != found).to(tl.int32), 0) != 0:
-        flash_attention._forward_kernel(
-            qkv, out, lse, scale, tokens, padded, HEADS, DIM, MAIN, REST, OWN, READ, MASKED
-        )
+    """Compute those blocks of queries again, in the exact way, of which one has NaN as its lse.
+
+    A thread block looks after every so many blocks, at AT_ONCE of them in one load: mostly there is nothing to do, and
+    that should take no time. A row of lse is as long as its blocks.
+    """
+    step = tl.num_programs(0)
+    rows = tl.arange(0, OWN)
+    for start in range(tl.program_id(0), blocks, step * AT_ONCE):
+        numbers = start + step * tl.arange(0, AT_ONCE)
+        real = (numbers < blocks)[:, None]
+        found = tl.load(lse + numbers[:, None] * OWN + rows[None, :], mask=real, other=0.0)
+        if _any_nan(found):
+            for number in range(start, min(blocks, start + step * AT_ONCE), step):
+                if _any_nan(tl.load(lse + number * OWN + rows)):
+                    flash_attention._forward_block(
+                        number, qkv, out, lse, scale, tokens, padded,
+                        HEADS, DIM, MAIN, REST, OWN, READ, MASKED,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _any_nan(x):
+    return tl.max(tl.reshape((x != x).to(tl.int32), [x.numel]), 0) != 0
 
 
 # --- launches, and the operator that autograd and compiled code see ---
 
 
-def descriptors(x: Tensor) -> list[TensorDescriptor | None]:
-    """What the TMA unit needs to copy 64 rows of a head: of its first 64 channels, and of the others, None without.
+def descriptors(x: Tensor, rows: int = _ROWS.value) -> list[TensorDescriptor | None]:
+    """What the TMA unit needs to copy rows of a head: of its first 64 channels, and of the others, None without.
 
     Args:
         x: (B, N, n, head_dim), contiguous, at an address that is a multiple of 16.
+        rows: how many at a time.
     """
     if x.data_ptr() % 16:
         raise ValueError("a tensor begins at an address that is no multiple of 16: clone() it")
-    return [made and _at_address(made, x) for made in _described(x.shape, x.dtype)]
+    return [made and _at_address(made, x) for made in _described(x.shape, x.dtype, rows)]
 
 
 def _at_address(descriptor: TensorDescriptor, x: Tensor) -> TensorDescriptor:
@@ -508,7 +542,7 @@ def _at_address(descriptor: TensorDescriptor, x: Tensor) -> TensorDescriptor:
 
 
 @functools.lru_cache(maxsize=32)
-def _described(shape: torch.Size, dtype: torch.dtype) -> list[TensorDescriptor | None]:
+def _described(shape: torch.Size, dtype: torch.dtype, rows: int) -> list[TensorDescriptor | None]:
     # kept, since to make one takes Python longer than to launch a kernel
     x = torch.empty(shape, dtype=dtype, device="meta")
     rest = [max(16, shape[-1] - 64)] if shape[-1] > 64 else []
@@ -517,7 +551,7 @@ def _described(shape: torch.Size, dtype: torch.dtype) -> list[TensorDescriptor |
             x,
             list(shape),
             list(x.stride()),
-            [1, _ROWS.value, 1, width],
+            [1, rows, 1, width],
             gl.NVMMASharedLayout(2 * width, 16, 4),
         )
         for width in (64, *rest)
@@ -526,9 +560,11 @@ def _described(shape: torch.Size, dtype: torch.dtype) -> list[TensorDescriptor |
 
 
 @functools.lru_cache(maxsize=64)
-def constants_of(dim: int, heads: int, tokens: int, exact: bool) -> dict[str, int | bool]:
-    """Return what the kernel is compiled with, beside its arguments."""
-    roles = ROLES[dim]
+def constants_of(
+    dim: int, heads: int, tokens: int, exact: bool, small: bool = False
+) -> dict[str, int | bool]:
+    """Return what the kernel is compiled with, beside its arguments; small: for a small batch."""
+    roles = (SMALL if small else ROLES)[dim]
     last = (tokens - 1) % _ROWS.value + 1
     return dict(
         HEADS=heads,
@@ -545,6 +581,12 @@ def constants_of(dim: int, heads: int, tokens: int, exact: bool) -> dict[str, in
     )
 
 
+def redo_constants(dim: int, heads: int, tokens: int) -> dict[str, int | bool]:
+    """Return what the second kernel is compiled with, beside its arguments."""
+    constants = flash_attention.constants_of("forward", dim, heads, tokens, _HOPPER)
+    return constants | dict(AT_ONCE=_AT_ONCE)
+
+
 @functools.cache
 def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -559,19 +601,31 @@ def _launch(qkv: Tensor, scale: float, exact: bool) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, dim = qkv.shape
     out, lse = _forward_fake(qkv, scale)
     padded, scale = lse.shape[2], scale * math.log2(math.e)
-    constants = constants_of(dim, heads, tokens, exact)
+    multiprocessors = _multiprocessors(qkv.get_device())
+    small = triton.cdiv(tokens, 2 * _ROWS.value) * batch * heads <= multiprocessors
+    constants = constants_of(dim, heads, tokens, exact, small and SMALL_BATCHES)
     tiles = triton.cdiv(tokens, _ROWS.value * constants["CONSUMERS"]) * batch * heads
     packed = qkv.view(batch, tokens, 3 * heads, dim)
     with torch.cuda.device_of(qkv):  # Triton launches on the current GPU, not on the tensor's
-        programs = min(tiles, _multiprocessors(qkv.get_device()))
+        programs = min(tiles, multiprocessors)
         _hopper_kernel[(programs,)](
             *descriptors(packed), *descriptors(out), lse, scale, tokens, padded, tiles, **constants
         )
         if not exact:
-            constants = flash_attention.constants_of("forward", dim, heads, tokens, _HOPPER)
-            programs = triton.cdiv(tokens, constants["OWN"]) * batch * heads
-            _redo_kernel[(programs,)](qkv, out, lse, scale, tokens, padded, **constants)
+            constants = redo_constants(dim, heads, tokens)
+            blocks = triton.cdiv(tokens, constants["OWN"]) * batch * heads
+            programs = min(blocks, 2 * multiprocessors)
+            _redo_kernel[(programs,)](qkv, out, lse, scale, tokens, padded, blocks, **constants)
     return out, lse
+
+
+def _gradient(ctx, d_out, d_lse):
+    if d_out is None or not OWN_BACKWARD:
+        return flash_attention._gradient(ctx, d_out, d_lse)
+    from siglip_lib.kernels import hopper_backward  # noqa: F401  it needs this module, and brings the operator
+
+    backward = torch.ops.siglip_lib.hopper_attention_backward
+    return backward(d_out, *ctx.saved_tensors, ctx.scale), None
 
 
 _forward_fake = flash_attention._forward_fake
@@ -579,7 +633,7 @@ _OPERATORS = operators_of(__name__)
 register_operator(_OPERATORS, "hopper_attention", _forward, _forward_fake, devices=("CUDA",))
 torch.library.register_autograd(
     "siglip_lib::hopper_attention",
-    flash_attention._gradient,
+    _gradient,
     setup_context=flash_attention._keep,
     lib=_OPERATORS,
 )

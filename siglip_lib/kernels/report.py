@@ -136,17 +136,46 @@ def hopper_launches(dims: Sequence[int] = TRITON_HEAD_DIMS, tokens: int = 729) -
         out = packed[:, :, :16].contiguous()
         described = *hopper_attention.descriptors(packed), *hopper_attention.descriptors(out)
         sizes = tokens, flash_attention._padded(tokens), 1
-        for name, exact in (("hopper", False), ("hopper exact", True)):
-            constants = hopper_attention.constants_of(dim, 16, tokens, exact)
+        for name, options in {
+            "hopper": (False,),
+            "hopper exact": (True,),
+            "hopper small": (False, True),
+        }.items():
+            constants = hopper_attention.constants_of(dim, 16, tokens, *options)
             given = (*described, torch.float32, 0.1, *sizes)
             found[f"{name} {dim}"] = Launch(
                 hopper_attention._hopper_kernel, (9, 0), given, constants
             )
-        constants = flash_attention.constants_of("forward", dim, 16, tokens, (9, 0))
-        given = (torch.bfloat16, torch.bfloat16, torch.float32, 0.1, *sizes[:2])
+        constants = hopper_attention.redo_constants(dim, 16, tokens)
+        given = (torch.bfloat16, torch.bfloat16, torch.float32, 0.1, *sizes)
         found[f"hopper redo {dim}"] = Launch(
             hopper_attention._redo_kernel, (9, 0), given, constants
         )
+    return found
+
+
+def hopper_backward_launches(
+    dims: Sequence[int] = TRITON_HEAD_DIMS, tokens: int = 729
+) -> dict[str, Launch]:
+    """Return a launch of each kernel of the backward pass for Hopper, as ``hopper_launches``."""
+    from siglip_lib.kernels import hopper_backward
+
+    found, padded = {}, flash_attention._padded(tokens)
+    for dim in dims:
+        shape = 64, tokens, 3, 16, dim
+        qkv = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        d_out, lse = qkv[:, :, 0].contiguous(), torch.empty(64, 16, padded, device="meta")
+        for name in hopper_backward.ROLES:
+            given = hopper_backward.arguments_of(name, qkv, d_out, qkv, lse, lse)
+            given = [x.dtype if isinstance(x, torch.Tensor) else x for x in given]
+            constants = hopper_backward.constants_of(name, dim, 16, tokens)
+            given = (*given, 0.1, 0.1, tokens, padded, 1)
+            kernel = hopper_backward._backward_kernel
+            found[f"hopper {name} {dim}"] = Launch(kernel, (9, 0), given, constants)
+        given = (torch.bfloat16, torch.bfloat16, torch.float32, tokens, padded)
+        constants = hopper_backward.delta_constants(dim, 16)
+        kernel = hopper_backward._delta_kernel
+        found[f"hopper delta {dim}"] = Launch(kernel, (9, 0), given, constants)
     return found
 
 
