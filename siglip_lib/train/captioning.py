@@ -58,7 +58,7 @@ class Captioner(nn.Module):
         """Return the loss of the answers; nothing before them counts. The language model reads each picture once."""
         _, past = self.language.read(self.see(thumbnail, tiles, grid))
         if about is not None:
-            past = [(k.index_select(0, about), v.index_select(0, about)) for k, v in past]
+            past = [(_repeated(k, about), _repeated(v, about)) for k, v in past]
         asked = self.language.token_embed(prompts)
         return caption_loss(self.language.caption_logits(asked, answers, past), answers)
 
@@ -85,6 +85,11 @@ class Captioner(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """Return all weights but the tower's, by name: what is stored of a captioner."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("prefix.vision.")}
+
+
+def _repeated(x: Tensor, about: Tensor) -> Tensor:
+    """Return x[about] of k or v, whose gradient is summed in order; that of an index would be by atomic additions."""
+    return F.embedding(about, x.flatten(1)).unflatten(1, x.shape[1:])
 
 
 def load_captioner(tower: VisionTransformer, path: str | Path = EMOJI64_CAPTIONER) -> Captioner:
