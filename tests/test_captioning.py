@@ -328,7 +328,7 @@ def test_questions_that_do_not_fit(tokenizer):
     for batch, grids, whole in ((12, (1, 2), 8), (24, (4,), 16), (8, (1, 2, 4), 48)):
         with pytest.raises(ValueError, match=f"batch={batch} must be a multiple of {whole}: "):
             Questions(emoji, places, tokenizer, grids=grids, batch=batch)
-    assert questions(4)[6] == "what is c 2"  # the second row's third
+    assert questions(4)[6] == "2c"  # the second row's third
     with pytest.raises(ValueError, match="grid=27 must be at most 26"):
         questions(27)
     with pytest.raises(ValueError, match="grid"):
