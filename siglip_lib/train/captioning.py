@@ -154,7 +154,7 @@ def train_stage(
         batch: from a step's number to its tensors, of the same shapes in each step, on the parameters' device.
         steps: how many.
         lr: highest learning rate.
-        weight_decay: of matrices; vectors, and tables of positions (1, N, E), have none.
+        weight_decay: of matrices alone.
         progress: whether to show a bar.
 
     Raises:
