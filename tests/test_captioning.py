@@ -35,7 +35,7 @@ from siglip_lib.vl import LanguageModel, caption_loss
 @pytest.fixture
 def model() -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(vocab_size=13, context_length=8, width=16, depth=1, num_heads=2)
+    return LanguageModel(vocab_size=13, width=16, depth=1, num_heads=2)
 
 
 def batch(step: int) -> dict[str, torch.Tensor]:
@@ -131,7 +131,7 @@ def test_numbers_that_are_none(trained, steps, lr, decay, said):
 
 # --- Captioner ---
 
-SIZES = dict(vocab_size=1500, context_length=64, width=16, depth=1, num_heads=2)
+SIZES = dict(vocab_size=1500, width=16, depth=1, num_heads=2)
 
 
 def tower() -> VisionTransformer:
@@ -185,11 +185,19 @@ def test_several_questions_about_a_picture_are_as_one_each(captioner):
     assert_close(*found)
 
 
+def test_a_picture_is_read_once_for_all_of_its_questions(captioner):
+    read = []
+    captioner.language.blocks[0].register_forward_pre_hook(lambda _, x: read.append(x[0].shape[:2]))
+    batch = asked(6) | {"thumbnail": torch.randn(2, 3, 64, 64)}
+    captioner(**batch, about=torch.tensor([0, 1, 1, 0, 1, 0]))
+    assert read == [(2, 6), (6, 5 + 3)]  # two pictures of 2 * (2 + 1) tokens, then six questions
+
+
 def test_the_tower_of_a_captioner_is_frozen_and_not_stored(captioner):
     captioner(**asked()).backward()
     assert all(p.grad is None for p in captioner.prefix.vision.parameters())
     kept = captioner.trained_state()
-    assert {"prefix.image_newline", "prefix.view_seperator", "language.pos_embed"} < kept.keys()
+    assert {"prefix.image_newline", "prefix.view_seperator", "language.norm.weight"} < kept.keys()
     assert not any("vision" in name for name in kept)
     assert len(kept) + len(captioner.prefix.vision.state_dict()) == len(captioner.state_dict())
 
@@ -320,6 +328,9 @@ def test_questions_that_do_not_fit(tokenizer):
     for batch, grids, whole in ((12, (1, 2), 8), (24, (4,), 16), (8, (1, 2, 4), 48)):
         with pytest.raises(ValueError, match=f"batch={batch} must be a multiple of {whole}: "):
             Questions(emoji, places, tokenizer, grids=grids, batch=batch)
+    assert questions(4)[6] == "2c"  # the second row's third
+    with pytest.raises(ValueError, match="grid=27 must be at most 26"):
+        questions(27)
     with pytest.raises(ValueError, match="grid"):
         Questions(emoji, places, tokenizer, grids=(0,), batch=8)
     short = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", 16)

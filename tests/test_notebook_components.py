@@ -15,6 +15,7 @@ from siglip_lib.evaluate.heads import mean_ablation, own_object_share
 from siglip_lib.siglip.loss_block import sigmoid_loss_block
 from siglip_lib.train.captioning import Captioner
 from siglip_lib.train.questions import cut_scenes
+from siglip_lib.vl.language_model import rotate
 
 pytest.importorskip("triton")
 from siglip_lib.kernels.flash_attention import flash_attention
@@ -59,6 +60,7 @@ FUNCTIONS = {
         "my_tiles",
         "MyAdaptor",
         "my_lay_out",
+        "my_rotation",
         "my_writing",
         "MyCaptioner",
         "my_cut",
@@ -350,9 +352,16 @@ def test_layout_equals_the_librarys(grid):
     assert torch.equal(my_lay_out(thumbnail, tiles, grid, *vectors), library)
 
 
+def test_rotation_equals_the_librarys():
+    my_rotation = notebooks_own("15", "my_rotation")["my_rotation"]
+    x = torch.randn(2, 300, 3, 8)
+    for first in (0, 7):
+        torch.testing.assert_close(my_rotation(x, first), rotate(x, first), atol=1e-4, rtol=0)
+
+
 def test_captioner_equals_the_librarys():
     own = notebooks_own("15", "my_writing", "MyCaptioner", "my_cut")
-    sizes = dict(vocab_size=9, context_length=150, width=16, depth=2, num_heads=2)
+    sizes = dict(vocab_size=9, width=16, depth=2, num_heads=2)
     tower = siglip_lib.VisionTransformer(
         64, 16, embed_dim=8, depth=1, num_heads=2, class_token=False, global_pool="map", num_classes=0
     )  # fmt: skip

@@ -413,7 +413,7 @@ def test_attention_viewer_refuses_weights(weights, pixels, names, error, message
 def parts_of_captioner(device) -> tuple[VisualPrefix, LanguageModel]:
     torch.manual_seed(0)
     tower = make(img_size=(24, 40))  # 3 x 5 patches, so 2 x 3 tokens a tile
-    language = LanguageModel(vocab_size=26, context_length=80, width=12, depth=2, num_heads=3)
+    language = LanguageModel(vocab_size=26, width=12, depth=2, num_heads=3)
     prefix, language = randomized(VisualPrefix(tower, 12)), randomized(language)
     return prefix.to(device).eval(), language.to(device).eval()
 

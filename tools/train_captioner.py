@@ -24,8 +24,8 @@ from siglip_lib.train.questions import QUESTION, Questions, every_drawing
 from siglip_lib.vl.language_model import caption_loss
 
 # steps of: the language model alone, the adaptor, both, both with tiles too
-STEPS, STAND_IN = (300, 600, 3_000, 3_000), (20, 20, 100, 0)
-BATCH, TILED_BATCH = 256, 128
+STEPS, STAND_IN = (300, 600, 3_000, 4_000), (20, 20, 100, 0)
+BATCH, TILED_BATCH = 256, 256
 THUMBNAIL = 20  # tokens: 4 rows of 4, each with its newline
 TILED = ("prompts", "answers", "thumbnail", "about", "tiles")  # what a batch with tiles holds
 
@@ -62,7 +62,7 @@ def trained(emoji: Emoji64, seed: int, stand_in: bool) -> Captioner:
     draw = partial(Questions, emoji, places, tokenizer, seed=seed, device=device)
     batch, tiled_batch = (32, 16) if stand_in else (BATCH, TILED_BATCH)
     plain = draw(grids=(1, 2), batch=batch, strength=1.0)
-    tiled = draw(grids=(4,), batch=tiled_batch, tiles=4)
+    tiled = draw(grids=(4,), batch=tiled_batch, tiles=4, strength=1.0)
 
     def blind(prompts: Tensor, answers: Tensor, thumbnail: Tensor, about: Tensor) -> Tensor:
         nothing = language.token_embed.weight.new_zeros(
@@ -83,7 +83,7 @@ def trained(emoji: Emoji64, seed: int, stand_in: bool) -> Captioner:
         (blind, language.parameters(), plain, 1e-3),
         (captioner, [*adaptor.parameters(), *vectors], plain, 1e-3),
         (captioner, everything, plain, 2e-3),
-        (both, everything, both_kinds, 1e-3),
+        (both, everything, both_kinds, 2e-3),
     )
     for steps, (loss, parameters, batches, lr) in zip(
         STAND_IN if stand_in else STEPS, stages, strict=True

@@ -21,7 +21,7 @@ from siglip_lib.vl.language_model import LanguageModel, caption_loss
 from siglip_lib.vl.visual_prefix import VisualPrefix
 
 # of the language model that ships, behind emoji64's tower: what it reads are up to 4 x 4 tiles, 293 tokens
-EMOJI64_LANGUAGE = dict(vocab_size=1500, context_length=328, width=128, depth=4, num_heads=4)
+EMOJI64_LANGUAGE = dict(vocab_size=1500, width=128, depth=4, num_heads=4)
 _READ = 50  # steps after which losses are read, which waits for the device
 
 
@@ -32,7 +32,7 @@ class Captioner(nn.Module):
 
     Args:
         tower: see ``VisualPrefix``.
-        vocab_size, context_length, width, depth, num_heads: of the language model.
+        vocab_size, width, depth, num_heads: of the language model.
 
     Shapes: prompts (B, P) and answers (B, T), token ids that ``</s>`` fills up; thumbnail, tiles and grid as for
     ``VisualPrefix``, of S pictures; about (B,), which of them each question is about. Without it each picture has one
@@ -40,17 +40,11 @@ class Captioner(nn.Module):
     """
 
     def __init__(
-        self,
-        tower: VisionTransformer,
-        vocab_size: int,
-        context_length: int,
-        width: int,
-        depth: int,
-        num_heads: int,
+        self, tower: VisionTransformer, vocab_size: int, width: int, depth: int, num_heads: int
     ) -> None:
         super().__init__()
         self.prefix = VisualPrefix(tower.eval().requires_grad_(False), width)
-        self.language = LanguageModel(vocab_size, context_length, width, depth, num_heads)
+        self.language = LanguageModel(vocab_size, width, depth, num_heads)
 
     def forward(
         self,
@@ -61,9 +55,18 @@ class Captioner(nn.Module):
         grid: tuple[int, int] = (1, 1),
         about: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of the answers; nothing before them counts."""
-        before = self.read(prompts, thumbnail, tiles, grid, about)
-        return caption_loss(self.language.caption_logits(before, answers), answers)
+        """Return the loss of the answers; nothing before them counts. The language model reads each picture once."""
+        _, past = self.language.read(self.see(thumbnail, tiles, grid))
+        if about is not None:
+            past = [(_repeated(k, about), _repeated(v, about)) for k, v in past]
+        asked = self.language.token_embed(prompts)
+        return caption_loss(self.language.caption_logits(asked, answers, past), answers)
+
+    def see(
+        self, thumbnail: Tensor, tiles: Tensor | None = None, grid: tuple[int, int] = (1, 1)
+    ) -> Tensor:
+        """Return what the language model reads of each picture (S, N, E)."""
+        return self.prefix(thumbnail, tiles, grid)
 
     def read(
         self,
@@ -74,7 +77,7 @@ class Captioner(nn.Module):
         about: Tensor | None = None,
     ) -> Tensor:
         """Return what stands before an answer (B, N + P, E): the N tokens of the picture, then the prompt's."""
-        seen = self.prefix(thumbnail, tiles, grid)  # (S, N, E), each picture read once
+        seen = self.see(thumbnail, tiles, grid)
         if about is not None:
             seen = seen.index_select(0, about)
         return torch.cat((seen, self.language.token_embed(prompts)), dim=1)
@@ -82,6 +85,11 @@ class Captioner(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """Return all weights but the tower's, by name: what is stored of a captioner."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("prefix.vision.")}
+
+
+def _repeated(x: Tensor, about: Tensor) -> Tensor:
+    """Return x[about] of k or v, whose gradient is summed in order; that of an index would be by atomic additions."""
+    return F.embedding(about, x.flatten(1)).unflatten(1, x.shape[1:])
 
 
 def load_captioner(tower: VisionTransformer, path: str | Path = EMOJI64_CAPTIONER) -> Captioner:
@@ -146,7 +154,7 @@ def train_stage(
         batch: from a step's number to its tensors, of the same shapes in each step, on the parameters' device.
         steps: how many.
         lr: highest learning rate.
-        weight_decay: of matrices; vectors, and tables of positions (1, N, E), have none.
+        weight_decay: of matrices alone.
         progress: whether to show a bar.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from string import ascii_lowercase
 
 import numpy as np
 import torch
@@ -18,15 +19,24 @@ QUESTION = 17  # tokens of a question and of an answer, </s> included: the longe
 
 
 def questions(grid: int) -> list[str]:
-    """Return the question for each cell of a scene of ``grid`` by ``grid`` drawings, row by row."""
+    """Return the question for each cell of a scene of ``grid`` by ``grid`` drawings, row by row.
+
+    From three on a number tells the row and a letter the column, and there is no other word: both are learned sooner
+    where nothing stands before them.
+
+    Raises:
+        ValueError: there are more columns than letters.
+    """
     if positive_int("grid", grid) == 1:
         return ["what is this"]
     if grid == 2:
         return [
             f"what is {row} {column}" for row in ("top", "bottom") for column in ("left", "right")
         ]
-    places = range(1, grid + 1)
-    return [f"row {row} column {column}" for row in places for column in places]
+    if grid > len(ascii_lowercase):
+        raise ValueError(f"grid={grid} must be at most {len(ascii_lowercase)}, a letter a column")
+    rows, columns = range(1, grid + 1), ascii_lowercase[:grid]
+    return [f"{row}{column}" for row in rows for column in columns]
 
 
 def cut_scenes(scenes: Tensor, tiles: int) -> tuple[Tensor, Tensor | None]:

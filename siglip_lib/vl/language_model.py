@@ -14,31 +14,62 @@ from siglip_lib.tower.weight_init import init_rule, named_apply
 KV = tuple[Tensor, Tensor]  # k and v of the tokens so far, each (B, N, heads, head_dim)
 
 
-class CausalAttention(Attention):
-    """Self-attention in which a token attends to itself and to those before it.
+def rotate(x: Tensor, first: int = 0) -> Tensor:
+    """Turn each token's vectors (B, N, heads, head_dim) by angles that grow with its place, ``first`` and on.
 
-    The library's own kernel has no mask, because no picture needs one; PyTorch's attention has this one, and leaves out
-    the blocks of pairs that it hides.
+    Channel i and channel i + head_dim / 2 are turned as one point of a plane, by place * 10000 ** (-2 i / head_dim). So
+    the product of a turned q and a turned k depends on how far their places are apart, not on where they are.
+
+    Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding (2021), section 3.2.2.
+    """
+    half = x.shape[-1] // 2
+    places = torch.arange(first, first + x.shape[1], device=x.device, dtype=torch.float32)
+    channels = torch.arange(half, device=x.device, dtype=torch.float32)
+    angles = (places[:, None] * 10_000.0 ** (-channels / half))[:, None]  # (N, 1, half)
+    cos, sin = angles.cos(), angles.sin()
+    u, v = x.chunk(2, dim=-1)
+    return torch.cat((u * cos - v * sin, u * sin + v * cos), dim=-1).to(x.dtype)
+
+
+class CausalAttention(Attention):
+    """Self-attention in which a token attends to itself and to those before it, and knows how far they are away.
+
+    Places are told by turning q and k, see ``rotate``. The library's own kernel has no mask, because no picture needs
+    one; PyTorch's attention has this one, and leaves out the blocks of pairs that it hides.
     """
 
     def forward(self, x: Tensor, past: KV | None = None) -> tuple[Tensor, KV]:
-        """Return the output (B, N, D), and k and v of all tokens so far; after a ``past`` N is 1."""
-        q, *kv = self._heads(x)
+        """Return the output (B, N, D), and k and v of all tokens so far: those of a ``past``, then those of x."""
+        q, *kv = self._turned(x, past)
+        mask = None
         if past is not None:
             kv = [torch.cat(both, dim=1) for both in zip(past, kv, strict=True)]
+            mask = self._seen(x.shape[1], kv[0].shape[1], x.device)
         parts = (part.transpose(1, 2) for part in (q, *kv))  # (B, heads, N, head_dim)
-        # after a past the newest token may see them all
-        out = F.scaled_dot_product_attention(*parts, is_causal=past is None, scale=self.scale)
+        out = F.scaled_dot_product_attention(
+            *parts, attn_mask=mask, is_causal=past is None, scale=self.scale
+        )
         return self.proj(out.transpose(1, 2).flatten(2)), tuple(kv)
 
     def attention_map(self, x: Tensor, past: KV | None = None) -> Tensor:
         """Return the weights (B, heads, N, keys) in float32; keys are those of a past, then those of x (B, N, D)."""
-        q, k, _ = self._heads(x)
+        q, k, _ = self._turned(x, past)
         k = k if past is None else torch.cat((past[0], k), dim=1)
         with torch.autocast(x.device.type, enabled=False):
             scores = torch.einsum("bqhd, bkhd -> bhqk", self.scale * q.float(), k.float())
-        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1])
-        return scores.masked_fill(later, -torch.inf).softmax(-1)
+        hidden = ~self._seen(q.shape[1], k.shape[1], x.device)
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+    def _turned(self, x: Tensor, past: KV | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v of the newest tokens, each (B, N, heads, head_dim)."""
+        q, k, v = self._heads(x)
+        first = 0 if past is None else past[0].shape[1]
+        return rotate(q, first), rotate(k, first), v
+
+    @staticmethod
+    def _seen(queries: int, keys: int, device: torch.device) -> Tensor:
+        """Return which of the keys each of the newest tokens sees (queries, keys): all up to itself."""
+        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 class DecoderBlock(Block):
@@ -59,53 +90,55 @@ class LanguageModel(nn.Module):
 
     Args:
         vocab_size: number of tokens V; the embedding of each is also the row that makes its logit.
-        context_length: most tokens of a sequence, those of pictures included.
         width: channels E.
         depth: number of blocks.
-        num_heads: heads of each attention; divides ``width``.
+        num_heads: heads of each attention; ``width`` is an even multiple of it.
 
-    Shapes: x (B, N, E) to logits (B, N, V) and the past, of each block. After a past x is the one next token, N = 1.
+    Shapes: x (B, N, E) to logits (B, N, V) and the past, of each block. After a past x are the tokens that come next.
+
+    No table holds a vector for each place: the attention tells places, however long the text (``rotate``).
 
     Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019), section 2.3 (pre-norm decoder);
     Press and Wolf, Using the Output Embedding to Improve Language Models (2017).
     """
 
-    def __init__(
-        self, vocab_size: int, context_length: int, width: int, depth: int, num_heads: int
-    ) -> None:
+    def __init__(self, vocab_size: int, width: int, depth: int, num_heads: int) -> None:
         super().__init__()
-        width = positive_int("width", width)
+        width, num_heads = positive_int("width", width), positive_int("num_heads", num_heads)
+        if width % (2 * num_heads):
+            raise ValueError(f"width={width} must be a multiple of 2 * num_heads={2 * num_heads}")
         self.token_embed = nn.Embedding(positive_int("vocab_size", vocab_size), width)
-        positions = torch.empty(1, positive_int("context_length", context_length), width)
-        self.pos_embed = nn.Parameter(positions)
         depth = positive_int("depth", depth)
         self.blocks = nn.ModuleList(DecoderBlock(width, num_heads) for _ in range(depth))
         self.norm = LAYER_NORM(width)
-        for table in (self.token_embed.weight, self.pos_embed):
-            nn.init.normal_(table, std=width**-0.5)
+        nn.init.normal_(self.token_embed.weight, std=width**-0.5)
         named_apply(init_rule("big_vision"), self.blocks, "blocks")
 
     def forward(self, x: Tensor, past: list[KV] | None = None) -> tuple[Tensor, list[KV]]:
-        longest, width = self.pos_embed.shape[1:]
-        length = check_tensor("x", x, ("B", "N", width), empty=False)[1]
-        before = past[0][0].shape[1] if past else 0
-        if past and length > 1:
-            raise ValueError(f"x holds {length} tokens after a past; it must be one at a time")
-        if before + length > longest:
-            raise ValueError(f"{before + length} tokens are more than context_length={longest}")
-        x = x + self.pos_embed[:, before : before + length]
+        x, past = self.read(x, past)
+        return self._logits(x), past
+
+    def read(self, x: Tensor, past: list[KV] | None = None) -> tuple[Tensor, list[KV]]:
+        """Return the tokens (B, N, E) as the last norm gives them, of which the logits are made, and the past."""
+        check_tensor("x", x, ("B", "N", self.norm.normalized_shape[0]), empty=False)
         seen = []
         for block, before in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
             x, kv = block(x, before)
             seen.append(kv)
-        return self.norm(x) @ self.token_embed.weight.T, seen
+        return self.norm(x), seen
 
-    def caption_logits(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """Return the logits (B, T, V) of each of a caption's tokens (B, T), after a prefix (B, N, E)."""
+    def _logits(self, x: Tensor) -> Tensor:
+        return x @ self.token_embed.weight.T
+
+    def caption_logits(
+        self, prefix: Tensor, tokens: Tensor, past: list[KV] | None = None
+    ) -> Tensor:
+        """Return the logits (B, T, V) of each of a caption's tokens (B, T), after a prefix (B, N, E) and a past."""
         batch, length, _ = check_tensor("prefix", prefix, ("B", "N", self.norm.normalized_shape[0]))
         check_tensor("tokens", tokens, (batch, "T"), dtypes=INTEGERS, empty=False)
         x = torch.cat((prefix, self.token_embed(tokens[:, :-1]).to(prefix.dtype)), dim=1)
-        return self(x)[0][:, length - 1 :]  # the last of the prefix tells the first
+        x, _ = self.read(x, past)
+        return self._logits(x[:, length - 1 :])  # the last of the prefix tells the first
 
     @torch.no_grad()
     def write(self, prefix: Tensor, most: int) -> Tensor:
