@@ -4,7 +4,7 @@ import pytest
 import speed_many_gpus
 import torch
 import torch.distributed as dist
-from speed_many_gpus import merged, together
+from speed_many_gpus import merged, nearest, together
 
 
 def test_what_is_hidden_is_the_travelling_beside_something_computed(monkeypatch):
@@ -30,9 +30,23 @@ def test_a_share_that_rounding_makes_less_than_nothing_is_said_to_be_nothing(mon
     lines = []
     monkeypatch.setattr(speed_many_gpus, "say", lines.append)
     times = {"ms_without_profiler": 9.0, "ms_with_profiler": 9.0, "travelling_ms": 0.5}
+    times["hidden_range"] = [-2e-15, 0.91]
     speed_many_gpus.say_travel("gathered", times | {"hidden": -3e-15})
     speed_many_gpus.say_travel("ring", times | {"hidden": 0.87})
     assert [line.split(", ")[-1].split(" of ")[0] for line in lines] == ["0%", "87%"]
+    assert all("(0% to 91% in 7 profiles)" in line for line in lines), lines
+
+
+def test_the_profile_is_told_whose_time_is_nearest_to_the_one_without_a_profiler():
+    alone = [9.0, 30.0, 9.2]  # one call in three was held up
+    # neither the fastest, nor the one that hides most, nor the one nearest to the mean, 16.1
+    profiles = [(8.8, {"hidden": 0.2}), (9.3, {"hidden": 0.5}), (16.0, {"hidden": 0.9})]
+    assert nearest(alone, profiles) == {
+        "ms_without_profiler": 9.2,
+        "ms_with_profiler": 9.3,
+        "hidden_range": [0.2, 0.9],
+        "hidden": 0.5,
+    }
 
 
 def test_intervals_that_touch_or_lie_near_become_one():
