@@ -238,5 +238,33 @@ def start_and_rate(call):
     k = (large - small) / 983040
     return [large - k * 2**20, k]
 """,
+        """
+import timeit
+
+
+def start_and_rate(call):
+    def fastest(pairs):
+        return min(timeit.repeat(lambda: call(pairs), number=1, repeat=8)[1:])
+    small, large = fastest(256), fastest(1024)
+    k = (large - small) / 983040
+    return small - k * 256**2, k
+""",
+        """
+import time
+from statistics import median
+
+
+def start_and_rate(call):
+    def typical(pairs):
+        times = []
+        for _ in range(7):
+            start = time.monotonic_ns()
+            call(pairs)
+            times.append((time.monotonic_ns() - start) / 1e9)
+        return median(times[1:])
+    small, large = typical(256), typical(1024)
+    k = (large - small) / 983040
+    return small - k * 256**2, k
+""",
     ],
 }

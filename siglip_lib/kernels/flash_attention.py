@@ -233,7 +233,6 @@ def _one_block(
         v_rest = tl.load(
             v_base + inside[:, None] * row + rest[None, :], mask=real[None, :], other=0.0
         )
-        # the narrow product first: the wide one then runs while its result is added
         scores = tl.dot(q_rest, k_rest, input_precision="ieee")
         scores = tl.dot(q_main, k_main, scores, input_precision="ieee")  # (OWN, READ)
     else:
@@ -249,7 +248,6 @@ def _one_block(
     # eight sums a row, as its columns lie in threads: so each adds what it holds, and none is passed on until the end
     total = total * shrink[:, None] + tl.sum(tl.reshape(p, [OWN, READ // 8, 8]), 1)
     p = p.to(v_main.dtype)
-    # into a fresh sum and then added: scaling the sum itself would stall the tensor cores that fill it
     o_main = o_main * shrink[:, None] + tl.dot(p, v_main, input_precision="ieee")
     if REST:
         o_rest = o_rest * shrink[:, None] + tl.dot(p, v_rest, input_precision="ieee")

@@ -111,16 +111,18 @@ class Clock:
         self.was_read = False  # one of Python's clocks
         self.seconds: list[list[float]] = []  # of each function's calls, by the real clock
         self.ms = 0.0
+        read = partial(self._read, float)
+        read_ns = partial(self._read, lambda seconds: round(seconds * 1e9))
+        clocks = "perf_counter", "monotonic", "time"
         self._patches = [
-            mock.patch.object(module, name, partial(self._read, unit))
-            for module, name, unit in (
-                (time, "perf_counter", float),
-                (time, "perf_counter_ns", lambda seconds: round(seconds * 1e9)),
-                (time, "monotonic", float),
-                (time, "time", float),
-                (timeit, "default_timer", float),
-            )
+            mock.patch.object(timeit, "default_timer", read),
+            *(mock.patch.object(time, name, read) for name in clocks),
+            *(mock.patch.object(time, f"{name}_ns", read_ns) for name in clocks),
         ]
+        for function in (timeit.timeit, timeit.repeat, timeit.Timer.__init__):
+            # they took the clock as the value of an argument when they were defined
+            values = tuple(read if v is timeit.default_timer else v for v in function.__defaults__)
+            self._patches.append(mock.patch.object(function, "__defaults__", values))
 
     def __enter__(self) -> "Clock":
         for patch in self._patches:

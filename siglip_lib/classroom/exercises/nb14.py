@@ -91,9 +91,9 @@ def start_and_rate(answer) -> str | None:
 
     a, k = _START / 1e3, _PER_PAIR / 1e3
     if is_(a, k):
-        returned, *_ = measured(1.0, 4e-6)
+        returned, *_ = measured(5.0, 4e-6)
         again = two_numbers(returned)
-        if again is None or not (same(again[0], 1e-3) and same(again[1], 4e-9)):
+        if again is None or not (same(again[0], 5e-3) and same(again[1], 4e-9)):
             return "right for one call, but not for a second one: is a number fixed in your code?"
         return None
     if is_(_START, _PER_PAIR):
@@ -106,9 +106,10 @@ def start_and_rate(answer) -> str | None:
         return "that is the whole time of the small call: a is what remains of it without the work"
     if same(found[1], k + a / 1024**2):
         return "of the large call a part is start, too: take the difference of both sizes"
+    busy = "" if was_read else " If they are, the machine is busy: check again."
     return (
         f"a and k are {a:.2g} and {k:.2g} s, you find {found[0]:.2g} and {found[1]:.2g}: "
-        "are first calls left out, and a disturbed one now and then?"
+        f"are first calls left out, and a disturbed one now and then?{busy}"
     )
 
 
