@@ -109,7 +109,9 @@ def main() -> None:
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=60), **meeting())
-    say(device_report(device) + f"\nprocesses: {dist.get_world_size()}")
+    say(
+        f"{device_report(device)}\nprocesses: {dist.get_world_size()}, NCCL_NVLS_ENABLE={multicast}"
+    )
     figures = {"device": device_report(device), "processes": dist.get_world_size()}
     figures["nccl_nvls_enable"] = multicast
     for name in given.parts or parts:
