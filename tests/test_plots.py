@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from siglip_lib import COLOURS, figure, picture, plot_histogram, show, show_attention
-from siglip_lib.classroom.plots import few_colours, plot_timeline
+from siglip_lib.classroom.plots import KERNEL_COLOURS, few_colours, plot_timeline
 from siglip_lib.classroom.schedule import Span
 
 mpl.use("Agg")
@@ -40,6 +40,22 @@ def test_figure():
     lines = [axes[0, 0].plot([0, i])[0].get_color() for i in range(3)]
     assert lines == list(COLOURS[:3])
     assert figure()[1].shape == (1, 1)
+
+
+def test_attention_kernels_have_one_colour_each_whoever_runs_them():
+    kernels = [
+        {"eager"},
+        {"SDPA mem-eff", "xformers cutlass"},
+        {"xformers", "SDPA flash", "flash-attn 2"},
+        {"SDPA cuDNN"},
+        {"triton"},
+        {"flash-attn 3"},
+        {"flash-attn 4"},
+    ]
+    assert KERNEL_COLOURS.keys() == set().union(*kernels)
+    colours = [{KERNEL_COLOURS[name] for name in names} for names in kernels]
+    assert all(len(found) == 1 for found in colours)
+    assert sorted(colour for (colour,) in colours) == sorted(COLOURS)
 
 
 @pytest.mark.parametrize("alt", ["", "  \n"])
