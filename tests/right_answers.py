@@ -15,6 +15,13 @@ def share_right(model, tokenizer, vectors, names, wanted, prompt):
     sigmoids = (model.logit_scale.exp() * vectors @ texts.T + model.logit_bias).sigmoid()
     return (sigmoids.argmax(1) == wanted).double().mean()
 """
+_MEAN = """
+@triton.jit
+def row_mean_kernel(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    at = x_ptr + tl.program_id(0) * columns + column
+    tl.store(out_ptr + tl.program_id(0), tl.sum({}) / columns)
+"""
 
 RIGHT = {
     "00.2": ["weight_bytes = torch.tensor(64 * 16 * 729 * 729 * 2)"],
@@ -179,6 +186,10 @@ def twins(tower, pixels, boxes, block, head):
         patches += len(own)
     return torch.stack([own_sum, twin_sum]) / patches
 """,
+    ],
+    "12.2": [
+        _MEAN.format("tl.where(column < columns, tl.load(at, mask=column < columns), 0.0)"),
+        _MEAN.format("tl.load(at, column < columns, 0.0)"),
     ],
     "12.4": [
         """
