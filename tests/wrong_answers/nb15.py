@@ -61,6 +61,9 @@ WRONG = {
             _TOKENS, "14 * 15 + 1 + rows * (columns + 1)", "196 + 1 + rows * columns"
         ): "each row ends with a newline",
         _instead(
+            _TOKENS, "14 * 15 + 1 + rows * (columns + 1)", "196 + rows * columns"
+        ): "those are tokens, too",
+        _instead(
             _TOKENS, "rows * (columns + 1)", "rows * columns * 15 // 14"
         ): "one newline for the row of all",
         _instead(
@@ -96,6 +99,11 @@ WRONG = {
     },
     "15.3": {
         _instead(_LIST, "pixels > best[0]", "pixels < best[0]"): "of what the best one shows",
+        _instead(
+            _LIST,
+            "sum(map(shown, sizes, chosen))",
+            "sum(shown(s, c) / (s[0] * s[1]) for s, c in zip(sizes, chosen))",
+        ): "of what the best one shows",
         _instead(_LIST, "<= most * len(sizes)", "<= 10**9"): "tokens a picture",
         _instead(_LIST, "<= most * len(sizes)", "<= most"): "your result is None",
         _instead(

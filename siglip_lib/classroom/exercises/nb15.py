@@ -48,6 +48,9 @@ def tokens_of(answer) -> str | None:
         "the tiles' rows run through all tiles beside each other: one newline for the row of all, and not of each": [
             211 + 14 * m * n * 15 for m, n in grids
         ],
+        "each row ends with a newline, and the separator stands between the views: those are tokens, too": [
+            196 * (m * n + 1) for m, n in grids
+        ],
         "a tile's 27 by 27 tokens become 14 by 14 in the adaptor": [
             27 * 28 + 1 + 27 * m * (27 * n + 1) for m, n in grids
         ],
@@ -113,7 +116,9 @@ def _measured(sizes: Sequence[tuple[int, int]], three: Sequence) -> tuple[int, i
 def best_list(answer) -> str | None:
     portraits = [(800, 800), (820, 790), (780, 810), (900, 640), (1000, 700), (400, 390)]
     pages = [(1650, 1275), (1275, 1650), (1100, 850), (300, 2000)]
-    for sizes, most in ((portraits, 1100), (pages, 1600), (portraits, 300)):
+    # here the largest part of each picture, as a mean, would be another list
+    mixed = [(300, 900), (900, 300), (1400, 1400), (2000, 900)]
+    for sizes, most in ((portraits, 1100), (pages, 1600), (mixed, 1300), (portraits, 300)):
         right = None
         for three in itertools.combinations(candidate_resolutions(), 3):
             pixels, tokens = _measured(sizes, three)
