@@ -12,6 +12,7 @@ from siglip_lib.tower.layers import GELU_TANH, LAYER_NORM
 from siglip_lib.tower.weight_init import init_rule, named_apply
 
 KV = tuple[Tensor, Tensor]  # k and v of the tokens so far, each (B, N, heads, head_dim)
+Past = list[KV]  # of each block
 
 
 def rotate(x: Tensor, first: int = 0) -> Tensor:
@@ -34,42 +35,39 @@ def rotate(x: Tensor, first: int = 0) -> Tensor:
 class CausalAttention(Attention):
     """Self-attention in which a token attends to itself and to those before it, and knows how far they are away.
 
-    Places are told by turning q and k, see ``rotate``. The library's own kernel has no mask, because no picture needs
-    one; PyTorch's attention has this one, and leaves out the blocks of pairs that it hides.
+    Places are told by turning q and k, however long the text (``rotate``): no table holds a vector for each. The
+    library's own kernel has no mask, because no picture needs one; PyTorch's has, and leaves out what it hides.
     """
 
     def forward(self, x: Tensor, past: KV | None = None) -> tuple[Tensor, KV]:
         """Return the output (B, N, D), and k and v of all tokens so far: those of a ``past``, then those of x."""
-        q, *kv = self._turned(x, past)
-        mask = None
-        if past is not None:
-            kv = [torch.cat(both, dim=1) for both in zip(past, kv, strict=True)]
-            mask = self._seen(x.shape[1], kv[0].shape[1], x.device)
-        parts = (part.transpose(1, 2) for part in (q, *kv))  # (B, heads, N, head_dim)
-        out = F.scaled_dot_product_attention(
-            *parts, attn_mask=mask, is_causal=past is None, scale=self.scale
-        )
-        return self.proj(out.transpose(1, 2).flatten(2)), tuple(kv)
+        q, k, v = self._turned(x, past)
+        seen = {"is_causal": True} if past is None else {"attn_mask": self._seen(q, k)}
+        parts = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, N, head_dim)
+        out = F.scaled_dot_product_attention(*parts, scale=self.scale, **seen)
+        return self.proj(out.transpose(1, 2).flatten(2)), (k, v)
 
     def attention_map(self, x: Tensor, past: KV | None = None) -> Tensor:
         """Return the weights (B, heads, N, keys) in float32; keys are those of a past, then those of x (B, N, D)."""
         q, k, _ = self._turned(x, past)
-        k = k if past is None else torch.cat((past[0], k), dim=1)
         with torch.autocast(x.device.type, enabled=False):
             scores = torch.einsum("bqhd, bkhd -> bhqk", self.scale * q.float(), k.float())
-        hidden = ~self._seen(q.shape[1], k.shape[1], x.device)
-        return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return scores.masked_fill(~self._seen(q, k), -torch.inf).softmax(-1)
 
     def _turned(self, x: Tensor, past: KV | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k and v of the newest tokens, each (B, N, heads, head_dim)."""
+        """Return q of the newest tokens, and k and v of all so far, each (B, N, heads, head_dim)."""
         q, k, v = self._heads(x)
         first = 0 if past is None else past[0].shape[1]
-        return rotate(q, first), rotate(k, first), v
+        q, k = rotate(q, first), rotate(k, first)
+        if past is not None:
+            k, v = (torch.cat(both, dim=1) for both in zip(past, (k, v), strict=True))
+        return q, k, v
 
     @staticmethod
-    def _seen(queries: int, keys: int, device: torch.device) -> Tensor:
+    def _seen(q: Tensor, k: Tensor) -> Tensor:
         """Return which of the keys each of the newest tokens sees (queries, keys): all up to itself."""
-        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        queries, keys = q.shape[1], k.shape[1]
+        return torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
 
 
 class DecoderBlock(Block):
@@ -96,8 +94,6 @@ class LanguageModel(nn.Module):
 
     Shapes: x (B, N, E) to logits (B, N, V) and the past, of each block. After a past x are the tokens that come next.
 
-    No table holds a vector for each place: the attention tells places, however long the text (``rotate``).
-
     Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019), section 2.3 (pre-norm decoder);
     Press and Wolf, Using the Output Embedding to Improve Language Models (2017).
     """
@@ -114,31 +110,25 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.token_embed.weight, std=width**-0.5)
         named_apply(init_rule("big_vision"), self.blocks, "blocks")
 
-    def forward(self, x: Tensor, past: list[KV] | None = None) -> tuple[Tensor, list[KV]]:
+    def forward(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
         x, past = self.read(x, past)
-        return self._logits(x), past
+        return F.linear(x, self.token_embed.weight), past
 
-    def read(self, x: Tensor, past: list[KV] | None = None) -> tuple[Tensor, list[KV]]:
+    def read(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
         """Return the tokens (B, N, E) as the last norm gives them, of which the logits are made, and the past."""
         check_tensor("x", x, ("B", "N", self.norm.normalized_shape[0]), empty=False)
-        seen = []
-        for block, before in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
-            x, kv = block(x, before)
-            seen.append(kv)
-        return self.norm(x), seen
+        past = [*(past or [None] * len(self.blocks))]
+        for i, block in enumerate(self.blocks):
+            x, past[i] = block(x, past[i])
+        return self.norm(x), past
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return x @ self.token_embed.weight.T
-
-    def caption_logits(
-        self, prefix: Tensor, tokens: Tensor, past: list[KV] | None = None
-    ) -> Tensor:
+    def caption_logits(self, prefix: Tensor, tokens: Tensor, past: Past | None = None) -> Tensor:
         """Return the logits (B, T, V) of each of a caption's tokens (B, T), after a prefix (B, N, E) and a past."""
         batch, length, _ = check_tensor("prefix", prefix, ("B", "N", self.norm.normalized_shape[0]))
         check_tensor("tokens", tokens, (batch, "T"), dtypes=INTEGERS, empty=False)
         x = torch.cat((prefix, self.token_embed(tokens[:, :-1]).to(prefix.dtype)), dim=1)
-        x, _ = self.read(x, past)
-        return self._logits(x[:, length - 1 :])  # the last of the prefix tells the first
+        x = self.read(x, past)[0][:, length - 1 :]  # the last of the prefix tells the first
+        return F.linear(x, self.token_embed.weight)
 
     @torch.no_grad()
     def write(self, prefix: Tensor, most: int) -> Tensor:
