@@ -31,7 +31,7 @@ _CAME_TRUE = {
     "13": "c a b b c* c* b* b* c* b b c*",
     "14": "b b b b b c c b b* c* a",
     "15": "b b* b b b c a b* b* abc* b* b* b",
-    "16": "c b* b* b* a* c b c a b a b c a c b* c c* b* b* b* a c",
+    "16": "c b* b* b* a* c b c a b a b c a c b* c c* b* b* b* c c",
 }
 # The ids of the cells that measure them.
 _MEASURED_BY = {
