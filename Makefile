@@ -8,7 +8,7 @@ NPM   := tools/site/node_modules/.package-lock.json
 SHARE := -n auto --dist loadfile --no-loadscope-reorder
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/nbval_sanitize.cfg --nbval-cell-timeout=300
 
-.PHONY: lab test lint unit notebooks slow mutations outputs measured speed speed-many weights ablations links \
+.PHONY: lab test lint unit notebooks slow mutations outputs measured speed speed-many weights captioner ablations links \
 	class grade test-class site test-site clean
 
 lab: $(VENV)/ready
@@ -46,6 +46,9 @@ speed-many: $(VENV)/ready  ## on all GPUs of a machine: time the ring loss, DDP 
 
 weights: $(VENV)/ready  ## on a GPU: train the SigLIP that ships, three seeds, 4 minutes
 	$(BIN)/python tools/train_emoji64.py weights
+
+captioner: $(VENV)/ready  ## on a GPU: train the captioner that ships behind its tower, three seeds
+	$(BIN)/python tools/train_captioner.py
 
 ablations: $(VENV)/ready  ## on a GPU: a table of what helps, by EmojiOne's drawings alone; some minutes
 	$(BIN)/python tools/train_emoji64.py ablations

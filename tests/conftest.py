@@ -29,6 +29,13 @@ def gpu(device) -> torch.device:
     return device
 
 
+@pytest.fixture(scope="session")
+def hopper(gpu) -> torch.device:
+    if torch.cuda.get_device_capability(gpu) != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    return gpu
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -11,8 +11,10 @@ from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from siglip_lib import Attention, Block, attention_maps
+from siglip_lib.backends import attend_packed
 from siglip_lib.backends import table as backends
 from siglip_lib.evaluate.maps import AttentionMaps
+from siglip_lib.tower import attention as attention_module
 
 BACKENDS = ("auto", "sdpa", "eager")
 
@@ -162,6 +164,22 @@ def test_hands_the_backend_views_of_one_packed_tensor(deterministic, monkeypatch
     assert [x.storage_offset() for x in (q, k, v)] == [0, 24, 48]
     assert all(x.stride() == (7 * 72, 72, 8, 1) for x in (q, k, v))
     assert (dropout, scale, flag) == (0.25, 8**-0.5, deterministic)
+
+
+@pytest.mark.parametrize("name", [n for n, b in backends.BACKENDS.items() if b.run_packed])
+def test_norms_leave_one_tensor_to_who_takes_no_other(name, monkeypatch):
+    attention = Attention(24, 3, qk_norm=True, backend="eager")
+    x = torch.randn(2, 7, 24)
+    expected, given = attention(x), []
+    attention.backend = name
+
+    def instead(qkv, *, backend, **options):
+        given.append((qkv.shape, qkv.is_contiguous(), backend))
+        return attend_packed(qkv, backend="eager", **options)
+
+    monkeypatch.setattr(attention_module, "attend_packed", instead)
+    torch.testing.assert_close(attention(x), expected)
+    assert given == [((2, 7, 3, 3, 8), True, name)]
 
 
 def test_half_precision_module(device):

@@ -29,7 +29,7 @@ from siglip_lib import (
 from siglip_lib.backends import BackendStatus, attend_packed, dispatch, is_large, trials
 from siglip_lib.backends.table import BACKENDS, Backend
 
-NAMES = ("triton", "cudnn", "flash_attn", "sdpa", "xformers", "eager")
+NAMES = ("triton", "cudnn", "flash_attn", "sdpa", "xformers", "eager", "hopper")
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 EAGER = BACKENDS["eager"]
@@ -258,6 +258,23 @@ def test_reasons_on_a_gpu(name, dtype, head_dim, deterministic, reason, pretende
     assert not found[name].usable
     assert reason in found[name].reason
     assert found[name].operator == ""
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (10, 0), (12, 0)])
+def test_hopper_takes_its_own_gpu_alone(capability, pretended_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = attention_backends(pretended_gpu, torch.bfloat16, 72)
+    assert found["hopper"].reason == "needs a GPU of compute capability 9.0 (Hopper)"
+
+
+def test_hopper_is_never_chosen_unasked(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(trials, "_try", lambda *_: None)
+    assert choose_backend("auto", pretended_gpu, torch.bfloat16, 72) == "triton"
+    assert choose_backend("hopper", pretended_gpu, torch.bfloat16, 72) == "hopper"
+    with pytest.raises(ValueError, match="head_dim of 64, 72, 80, 96, 128, not 48"):
+        choose_backend("hopper", pretended_gpu, torch.bfloat16, 48)
+    with pytest.raises(ValueError, match="needs q, k and v in one tensor"):
+        choose_backend("hopper", pretended_gpu, torch.bfloat16, 72, packed=False)
 
 
 @pytest.mark.parametrize("head_dim", [8, 72, 256])

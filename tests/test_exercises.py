@@ -2,6 +2,7 @@
 
 import importlib
 import random
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from notebook_files import PATHS, Exercise, exercises, read, run, setup_source
 from right_answers import RIGHT
 
+from siglip_lib import attend
 from siglip_lib.classroom.exercises import WrongAnswer, grade, require_exercise
 
 CASES = [
@@ -75,6 +77,15 @@ def test_wrong_answers_are_refused_with_a_reason(notebook, exercise):
         verdict = answer(notebook, exercise, code)
         assert verdict.startswith("wrong: ")
         assert reason in verdict
+
+
+def test_a_fault_may_lie_where_its_exercise_says():
+    (text,) = (
+        cell.source for cell in read(PATHS[4]).cells if "Write `missed(q, k, v)`" in cell.source
+    )
+    _, _, looked = grade("04.3", lambda q, k, v: attend(q, k, v)).partition("wherever we looked")
+    _, _, named = text.partition("in one of these:")
+    assert re.findall(r"\d+", looked) == re.findall(r"\d+", named) != []
 
 
 @pytest.mark.parametrize(("notebook", "exercise"), CASES)

@@ -10,6 +10,7 @@ import re
 import statistics
 from contextlib import suppress
 
+import nbformat
 import pytest
 import torch
 import yaml
@@ -63,6 +64,24 @@ def test_stored_outputs_hold_no_errors_and_nothing_private(path, notebook):
 def test_no_text_waits_for_a_figure(path, notebook):
     waiting = [cell.id for cell in notebook.cells if "@@" in cell.source]
     assert waiting == []
+
+
+@pytest.mark.parametrize(
+    ("full", "words"),
+    [
+        ({"seconds": 7, "gib": 1.5}, "7 s and 1.5 GiB of GPU memory on an H200"),
+        (
+            {"seconds": 7, "gib": 1.5, "gpus": 2},
+            "7 s and at most 1.5 GiB of GPU memory on each of 2 H200s",
+        ),
+    ],
+)
+def test_the_head_tells_the_memory_on_one_gpu_and_on_several(full, words):
+    cells = [nbformat.v4.new_markdown_cell("**Measured:** nothing"), nbformat.v4.new_code_cell()]
+    cells[1].outputs = [nbformat.v4.new_output("stream", text="device: NVIDIA H200")]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"measured": {"full": full}})
+    write_head(notebook)
+    assert notebook.cells[0].source == f"**Measured:** {words}."
 
 
 @notebooks

@@ -11,7 +11,13 @@ import triton
 import triton.language as tl
 
 from siglip_lib.base.offers import TRITON_HEAD_DIMS
-from siglip_lib.kernels.report import Launch, _opcodes, compile_reports, library_launches
+from siglip_lib.kernels.report import (
+    Launch,
+    _innermost_loops,
+    _opcodes,
+    compile_reports,
+    library_launches,
+)
 
 # bytes of shared memory that a thread block may have, by compute capability
 # source: CUDA C++ Programming Guide, table of technical specifications
@@ -127,3 +133,26 @@ def test_a_line_of_the_listing_is_one_instruction():
 """
     wanted = {"LDC": 1, "FMUL": 2, "MUFU.EX2": 1, "UIADD3": 1, "HGMMA": 1}
     assert _opcodes(listing) == wanted
+
+
+def test_innermost_loops_of_a_listing():
+    """Not the loop around another, not what a branch without a condition returns from, not a branch forwards."""
+    listing = """\tS2R R0, SR_TID.X;
+LBB0:
+\tLDL R1, [R1];
+LBB1:
+\tHGMMA.64x32x16.F32.BF16 R40, gdesc[UR8], RZ, !UPT;
+\t@!P0 BRA LBB3;
+LBB2:
+\tMUFU.EX2 R0, R0;
+\t@P1 BRA LBB1;
+\tSTL [R1], R0;
+\t@!UP0 BRA LBB0;
+LBB3:
+\tSYNCS R0;
+\t@!P0 BRA LBB3;
+\tBRA LBB2;
+\t@P0 BRA LBB9;
+"""
+    found = [_opcodes(body) for body in _innermost_loops(listing)]
+    assert found == [{"HGMMA": 1, "BRA": 2, "MUFU.EX2": 1}, {"SYNCS": 1, "BRA": 1}]

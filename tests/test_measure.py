@@ -77,6 +77,14 @@ def test_each_turn_has_its_own_time_in_milliseconds():
     assert found["nothing"].peak_bytes is None
 
 
+def test_times_are_kept_in_the_order_of_the_rounds(monkeypatch):
+    clock = itertools.accumulate([0, 0.5, 0, 4, 0, 2, 0, 1])  # seconds between two looks at it
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    found = measure_together({"a": int}, "cpu", repeats=4, warmup=0)["a"]
+    assert found.times_ms == (500, 4000, 2000, 1000)
+    assert (found.median_ms, found.fastest_ms, found.slowest_ms) == (1500, 500, 4000)
+
+
 def test_turns_leave_the_random_generators_alone():
     before = random.getstate()
     measure_together({"a": int, "b": int}, "cpu")

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from siglip_lib import COLOURS, figure, picture, plot_histogram, show, show_attention
-from siglip_lib.classroom.plots import few_colours
+from siglip_lib.classroom.plots import KERNEL_COLOURS, few_colours, plot_timeline
+from siglip_lib.classroom.schedule import Span
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,6 +40,22 @@ def test_figure():
     lines = [axes[0, 0].plot([0, i])[0].get_color() for i in range(3)]
     assert lines == list(COLOURS[:3])
     assert figure()[1].shape == (1, 1)
+
+
+def test_attention_kernels_have_one_colour_each_whoever_runs_them():
+    kernels = [
+        {"eager"},
+        {"SDPA mem-eff", "xformers cutlass"},
+        {"xformers", "SDPA flash", "flash-attn 2"},
+        {"SDPA cuDNN"},
+        {"triton"},
+        {"flash-attn 3"},
+        {"flash-attn 4"},
+    ]
+    assert KERNEL_COLOURS.keys() == set().union(*kernels)
+    colours = [{KERNEL_COLOURS[name] for name in names} for names in kernels]
+    assert all(len(found) == 1 for found in colours)
+    assert sorted(colour for (colour,) in colours) == sorted(COLOURS)
 
 
 @pytest.mark.parametrize("alt", ["", "  \n"])
@@ -186,3 +203,17 @@ def test_few_colours_keep_a_picture():
     with Image.open(io.BytesIO(few_colours(buffer))) as small:
         assert small.mode == "P"
         assert (np.asarray(small.convert("RGB")) == pixels).all()
+
+
+def test_plot_timeline():
+    spans = [Span("a", "copy", 0, 4), Span("b", "product", 4, 6), Span("b", "product", 9, 12)]
+    axes = figure()[1][0, 0]
+    plot_timeline(axes, spans, until=9)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b"]
+    boxes = [path.get_extents() for bars in axes.collections for path in bars.get_paths()]
+    assert [(box.x0, box.x1) for box in boxes] == [(0, 4), (4, 6)]
+    assert [round(box.y0) for box in boxes] == [0, 1]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["copy", "product", "exponential"]
+    with pytest.raises(ValueError, match="no span begins before cycle 0"):
+        plot_timeline(axes, spans, until=0)

@@ -221,7 +221,7 @@ def test_the_readme_leads_to_it():
 
 def test_what_it_says_of_sharing_holds():
     measured = {path.stem[:2]: read(path).metadata["measured"] for path in PATHS}
-    assert max(m["cpu"]["seconds"] for m in measured.values()) <= 30
+    assert max(m["cpu"]["seconds"] for m in measured.values()) <= 60
     assert max(m["lab"]["gib"] for m in measured.values()) <= LAB_GIB
     assert round(measured["10"]["lab"]["seconds"] / 60) == 2  # six students take six times that
     assert f"`SIGLIP_GPU_GIB={LAB_GIB}`" in TEXT

@@ -241,6 +241,41 @@ def test_the_end_comes_last_and_fills_up(pair):
     assert ours([]).shape == (0, 16)
 
 
+def test_what_was_cut_is_put_together_again(pair):
+    ours, theirs = pair
+    texts = ["A cat!", "  two  cats", "a cat " * 50, "?", ""]
+    tokens = ours(texts)
+    assert ours.decode(tokens)[:2] == ["a cat", "two cats"]
+    assert ours.decode(tokens)[3:] == ["", ""]
+    assert ours.decode(tokens) == theirs.batch_decode(tokens, skip_special_tokens=True)
+    tokens[0, 1:3] = torch.tensor([1, tokens[1, 0]])  # nothing counts after </s>
+    assert ours.decode(tokens[:1, :1]) == ours.decode(tokens[:1])
+    assert ours.decode(tokens[:0]) == []
+
+
+def test_prompts_end_with_their_last_word(pair):
+    ours, _ = pair
+    texts = ["a cat", "two cats", "a cat " * 50, ""]
+    tokens, prompts = ours(texts), ours.prompts(texts)
+    assert prompts.shape == tokens.shape
+    for row, prompt in zip(tokens.tolist(), prompts.tolist(), strict=True):
+        words = [token for token in row if token != 1]
+        assert prompt == [1] * (len(row) - len(words)) + words
+    assert ours.decode(prompts) == ours.decode(tokens)
+    assert ours.prompts([]).shape == (0, 16)
+
+
+def test_what_no_tokenizer_gave_is_not_decoded(pair):
+    ours, _ = pair
+    for beyond in (-1, ours.vocab_size):
+        with pytest.raises(ValueError, match=f"tokens holds {beyond}; it must lie in 0 to"):
+            ours.decode(torch.tensor([[3, beyond]]))
+    with pytest.raises(ValueError, match="tokens has shape"):
+        ours.decode(torch.tensor([3]))
+    with pytest.raises(TypeError, match="tokens"):
+        ours.decode(torch.ones(1, 2))
+
+
 @pytest.mark.parametrize("texts", ["a cat", ["a cat", None], [b"a cat"], [["a cat"]]])
 def test_texts_are_a_list_of_strings(texts, pair):
     with pytest.raises(TypeError, match="texts must be a list of strings, not "):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import log_softmax
 from torch.testing import assert_close
 
-from siglip_lib import VisionTransformer
+from siglip_lib import VisionTransformer, attention_maps
 from siglip_lib.siglip.text import EOS
 from siglip_lib.vl import (
     Adaptor,
@@ -30,6 +30,7 @@ from siglip_lib.vl import (
     load_visual_prefix,
     tile_picture,
 )
+from siglip_lib.vl.language_model import rotate
 
 SIDES = st.integers(1, 6000)
 
@@ -317,10 +318,38 @@ def test_what_a_checkpoint_lacks_is_named_and_nothing_changed(tmp_path, name, sa
 @pytest.fixture
 def reader() -> LanguageModel:
     torch.manual_seed(0)
-    return randomized(LanguageModel(vocab_size=11, context_length=9, width=8, depth=2, num_heads=2))
+    return randomized(LanguageModel(vocab_size=11, width=8, depth=2, num_heads=2))
 
 
-def test_the_decoder_is_pytorchs(reader):
+def turned(x: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """The rotation as the product of complex numbers."""
+    half = x.shape[-1] // 2
+    turns = [[t / 10_000 ** (i / half) for i in range(half)] for t in range(first, first + x.shape[1])]  # fmt: skip
+    angles = torch.tensor(turns, dtype=torch.float64)[:, None]  # (N, 1, half)
+    points = torch.complex(x[..., :half].double(), x[..., half:].double())
+    points = points * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((points.real, points.imag), -1)
+
+
+def test_a_rotation_is_a_product_of_complex_numbers():
+    x = torch.randn(2, 300, 3, 8)
+    assert_close(rotate(x).double(), turned(x), atol=1e-4, rtol=0)
+    assert_close(rotate(x, 7).double(), turned(x, 7), atol=1e-4, rtol=0)
+    assert rotate(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_what_two_tokens_have_in_common_depends_on_their_distance(reader):
+    attention = reader.blocks[0].attn
+    x = torch.randn(1, 1, 8).expand(1, 9, 8)  # the same token nine times
+    with torch.no_grad():
+        q, k, _ = attention._turned(x, None)
+    products = torch.einsum("bihc, bjhc -> bhij", q, k)[0]  # (heads, 9, 9)
+    assert_close(products[:, 1:, 1:], products[:, :-1, :-1], atol=1e-5, rtol=1e-4)
+    assert (products[:, 8, :8] - products[:, 8, 1:]).abs().min() > 1e-4
+
+
+def test_the_decoder_is_pytorchs_but_for_the_rotation(reader, monkeypatch):
+    monkeypatch.setattr("siglip_lib.vl.language_model.rotate", lambda x, first=0: x)
     reader.double()
     theirs = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(
@@ -341,7 +370,7 @@ def test_the_decoder_is_pytorchs(reader):
             getattr(layer, name).load_state_dict(parts[name].state_dict())
     x = torch.randn(3, 9, 8, dtype=torch.float64)
     mask = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
-    expected = reader.norm(theirs(x + reader.pos_embed, mask)) @ reader.token_embed.weight.T
+    expected = reader.norm(theirs(x, mask)) @ reader.token_embed.weight.T
     assert_close(reader(x)[0], expected, atol=1e-10, rtol=0)
 
 
@@ -354,10 +383,15 @@ def test_one_at_a_time_gives_what_all_at_once_does(reader):
         found, past = reader(x[:, i : i + 1], past)
         steps.append(found)
     assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="10 tokens are more than context_length=9"):
-        reader(x[:, :1], past)
-    with pytest.raises(ValueError, match="2 tokens after a past"):
-        reader(x[:, :2], past)
+
+
+@pytest.mark.parametrize("first", [1, 4, 8])
+def test_several_after_a_past_give_what_all_at_once_does(reader, first):
+    x = torch.randn(2, 9, 8)
+    whole, seen = reader(x)
+    found, past = reader(x[:, first:], reader(x[:, :first])[1])
+    assert_close(found, whole[:, first:], atol=1e-5, rtol=0)
+    assert_close(past, seen, atol=1e-5, rtol=0)
 
 
 def test_writing_takes_the_likeliest_each_time(reader):
@@ -390,6 +424,13 @@ def test_the_loss_is_on_the_caption_alone(reader):
     counted = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     expected = -sum(logged[b, 2 + t, tokens[b, t]] for b, t in counted) / len(counted)
     assert caption_loss(logits, tokens).item() == pytest.approx(expected.item(), rel=1e-5)
+    _, past = reader.read(prefix[:, :2])
+    assert_close(reader.caption_logits(prefix[:, 2:], tokens, past), logits, atol=1e-5, rtol=0)
+
+
+def test_heads_that_can_not_be_turned():
+    with pytest.raises(ValueError, match=r"width=12 must be a multiple of 2 \* num_heads=8"):
+        LanguageModel(vocab_size=11, width=12, depth=1, num_heads=4)
 
 
 def test_captions_that_do_not_fit(reader):
@@ -402,3 +443,27 @@ def test_captions_that_do_not_fit(reader):
         caption_loss(torch.zeros(2, 4, 11), tokens)
     with pytest.raises(ValueError, match="most"):
         reader.write(torch.zeros(2, 3, 8), 0)
+
+
+def test_maps_of_a_causal_layer_are_masked_and_those_after_a_past_its_last_row(reader):
+    x = torch.randn(2, 9, 8)
+    with attention_maps(reader) as maps:
+        _, past = reader(x[:, :8])
+        before = {name: weights.clone() for name, weights in maps.items()}
+        _, past = reader(x[:, 8:], past)
+        after = dict(maps)
+        reader(x)
+    for name, weights in maps.items():
+        assert weights.shape == (2, 2, 9, 9)
+        assert (weights.triu(1) == 0).all()
+        assert_close(weights.sum(-1), torch.ones(2, 2, 9))
+        assert_close(weights[:, :, :8, :8], before[name])
+        assert_close(weights[:, :, 8:], after[name], atol=1e-6, rtol=1e-4)
+    block = reader.blocks[0]
+    inside = block.norm1(x)
+    q, k, v = block.attn.qkv(inside).unflatten(-1, (3, 2, 4)).unbind(2)
+    scores = torch.einsum("bihc, bjhc -> bhij", turned(q), turned(k)).float() / 4**0.5
+    expected = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).softmax(-1)
+    assert_close(maps["blocks.0.attn"], expected)
+    read = torch.einsum("bhij, bjhc -> bihc", expected, v).flatten(2)
+    assert_close(block.attn(inside)[0], block.attn.proj(read), atol=1e-5, rtol=1e-4)

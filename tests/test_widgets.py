@@ -9,14 +9,17 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from comparing import randomized
 from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor, nn
 
 from siglip_lib import VisionTransformer, attention_maps, attention_viewer, search_box
+from siglip_lib.classroom.widgets import caption_viewer
 from siglip_lib.siglip.model import SigLIP, SigLIPConfig, embed_texts
 from siglip_lib.siglip.text import Tokenizer, train_tokenizer
+from siglip_lib.vl import LanguageModel, VisualPrefix
 
 TITLES = ["a red apple", "two dogs", "pizza & cheese", '<i>the "moon"</i>', "a cat", "a rocket"]
 # of different widths and colours
@@ -401,3 +404,90 @@ def test_one_map_of_one_picture_has_no_menus():
 def test_attention_viewer_refuses_weights(weights, pixels, names, error, message):
     with pytest.raises(error, match=re.escape(message)):
         attention_viewer(weights, pixels, names=names)
+
+
+# --- caption_viewer ---
+
+
+@pytest.fixture
+def parts_of_captioner(device) -> tuple[VisualPrefix, LanguageModel]:
+    torch.manual_seed(0)
+    tower = make(img_size=(24, 40))  # 3 x 5 patches, so 2 x 3 tokens a tile
+    language = LanguageModel(vocab_size=26, width=12, depth=2, num_heads=3)
+    prefix, language = randomized(VisualPrefix(tower, 12)), randomized(language)
+    return prefix.to(device).eval(), language.to(device).eval()
+
+
+def pictures_in(value: str) -> list[np.ndarray]:
+    found = re.findall(r"base64,(.*?)\"", value)
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(float) for data in found
+    ]
+
+
+@pytest.mark.parametrize(("tiles", "tokens"), [(1, 2 * 4), (2, 2 * 4 + 1 + 4 * 7)])
+def test_a_caption_and_where_its_words_look(parts_of_captioner, tokenizer, device, tiles, tokens):
+    prefix, language = parts_of_captioner
+    pixels = torch.rand(3, 3, 24 * tiles, 40 * tiles, device=device) * 2 - 1
+    prompts = ["a cat", "two dogs"]
+    box = caption_viewer(
+        prefix, language, tokenizer, pixels, prompts, tiles=tiles, names=["a", "b", "<c>"]
+    )
+    menus, result = box.children
+    picture, prompt, block, word = menus.children
+    picture.value, prompt.value, block.value = 1, "two dogs", 0
+    thumbnail, local = pixels[1:2], None
+    if tiles > 1:
+        thumbnail = F.interpolate(thumbnail, (24, 40), mode="bilinear", antialias=True)
+        local = torch.stack(
+            [
+                pixels[1, :, 24 * i : 24 * i + 24, 40 * j : 40 * j + 40]
+                for i in range(2)
+                for j in range(2)
+            ]
+        )[None]
+    with torch.no_grad():
+        seen = prefix(thumbnail, local, (tiles, tiles))
+        before = torch.cat(
+            (seen, language.token_embed(tokenizer.prompts(["two dogs"]).to(device))), 1
+        )
+        written = language.write(before, 16)
+        with attention_maps(language, [0]) as maps:
+            language(torch.cat((before, language.token_embed(written[:, :-1])), 1))
+    assert seen.shape[1] == tokens
+    assert f"becomes {tokens} tokens. <b>two dogs?</b>" in result.value
+    assert len(word.options) == written.shape[1]
+    word.value = len(word.options) - 1
+    (weights,) = maps.values()
+    row = weights[0].mean(0)[-1, tokens - 2 * tiles * (3 * tiles + 1) : tokens]
+    map_ = row.view(2 * tiles, 3 * tiles + 1)[:, :-1].cpu()
+    _, drawn = pictures_in(result.value)
+    shade = (map_ - map_.min()) / (map_.max() - map_.min())
+    brightest, height, width = divmod(int(shade.argmax()), 3 * tiles), *drawn.shape[:2]
+    cell = drawn[
+        brightest[0] * height // (2 * tiles) + 2 : (brightest[0] + 1) * height // (2 * tiles) - 2,
+        brightest[1] * width // (3 * tiles) + 2 : (brightest[1] + 1) * width // (3 * tiles) - 2,
+    ]  # fmt: skip
+    grey = cell.mean((0, 1)) - 0.6 * 255 * np.array(colormaps["viridis"](1.0)[:3])
+    assert np.ptp(grey) < 2  # what is left is the picture's grey
+
+
+def test_caption_viewer_refuses(parts_of_captioner, tokenizer, device):
+    pixels = torch.zeros(2, 3, 24, 40, device=device)
+    for change, said in (
+        ({"tiles": 2}, "pictures has shape"),
+        ({"prompts": []}, "there are 0 prompts"),
+        ({"names": ["one"]}, "1 names for 2 pictures"),
+    ):
+        good = dict(pictures=pixels, prompts=["a cat"])
+        with pytest.raises(ValueError, match=said):
+            caption_viewer(*parts_of_captioner, tokenizer, **(good | change))
+
+
+def test_an_error_takes_the_place_of_the_caption(parts_of_captioner, tokenizer, device):
+    pixels = torch.zeros(2, 3, 24, 40, device=device)
+    box = caption_viewer(*parts_of_captioner, tokenizer, pixels, ["a cat", "a moon"])
+    parts_of_captioner[1].token_embed.weight.data = torch.zeros(26, 11, device=device)
+    with pytest.raises(RuntimeError):
+        box.children[0].children[1].value = "a moon"
+    assert box.children[1].value.startswith("RuntimeError: ")

@@ -11,7 +11,12 @@ import argparse
 
 from siglip_lib import kernels  # noqa: F401  before Triton
 from siglip_lib.base.offers import TRITON_HEAD_DIMS
-from siglip_lib.kernels.report import compile_reports, library_launches
+from siglip_lib.kernels.report import (
+    compile_reports,
+    hopper_backward_launches,
+    hopper_launches,
+    library_launches,
+)
 
 
 def main() -> None:
@@ -21,7 +26,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=729)
     arguments = parser.parse_args()
     capability = tuple(map(int, arguments.capability.split(".")))
-    reports = compile_reports(library_launches(capability, arguments.dims, arguments.tokens))
+    launches = library_launches(capability, arguments.dims, arguments.tokens)
+    if capability == (9, 0):
+        launches |= hopper_launches(arguments.dims, arguments.tokens)
+        launches |= hopper_backward_launches(arguments.dims, arguments.tokens)
+    reports = compile_reports(launches)
     for name, report in reports.items():
         print(
             f"{name}: {report.registers} registers, {report.spilled} bytes spilled,"

@@ -129,8 +129,9 @@ def write_head(notebook: nbformat.NotebookNode) -> None:
         parts.append(f"{cpu['seconds']} s and {cpu['gib']} GiB on two CPU cores")
     full = measured["full"]  # the stored outputs came with it
     several = full.get("gpus")
-    used = f"on {several} {gpu}s" if several else f"and {full['gib']} GiB of GPU memory on an {gpu}"
-    parts.append(f"{full['seconds']} s {used}")
+    most = f"{'at most ' * bool(several)}{full['gib']} GiB of GPU memory"  # the largest of all GPUs
+    place = f"each of {several} {gpu}s" if several else f"an {gpu}"
+    parts.append(f"{full['seconds']} s and {most} on {place}")
     if lab := measured.get("lab"):
         place = f"on one {gpu}" if several else "there"
         parts.append(f"{lab['seconds']} s and {lab['gib']} GiB {place} at size `lab`")

@@ -10,7 +10,6 @@ from siglip_lib.backends.table import (
     LARGE,
     LONG,
     AttentionCase,
-    imported,
     preferred,
     reduced_case,
 )
@@ -45,14 +44,14 @@ def attention_backends(
         head_dim: channels of a head.
         dropout: dropout of attention weights, in [0, 1).
         deterministic: whether every run must give the same bits, backward pass included.
-        tokens: number of keys; cuDNN refuses a single one, ``triton`` more than 16,384.
-        packed: whether q, k and v lie in one tensor, as a qkv layer gives them; ``triton`` needs that.
+        tokens: number of keys; cuDNN refuses a single one, ``triton`` and ``hopper`` more than 16,384.
+        packed: whether q, k and v lie in one tensor, as a qkv layer gives them; ``triton`` and ``hopper`` need that.
         large: whether the work is at least ``LARGE`` FLOP, so that the GPU and not Python's launches set the pace, in
             fewer than ``LONG`` tokens, as ``is_large`` tells.
-        scale: factor of the scores; ``triton`` needs one above 0.
+        scale: factor of the scores; ``triton`` and ``hopper`` need one above 0.
 
     Returns:
-        A status for each of ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers`` and ``eager``.
+        A status for each of ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``, ``eager`` and ``hopper``.
     """
     options = dict(tokens=tokens, packed=packed, large=large, scale=scale)
     case = _checked_case(device, dtype, head_dim, dropout, deterministic, **options)
@@ -123,6 +122,11 @@ def check_backend_name(backend: str) -> str:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; allowed are auto, {', '.join(BACKENDS)}")
     return backend
+
+
+def takes_packed(backend: str) -> bool:
+    """Tell whether a backend takes q, k and v in one tensor and not apart; ``auto`` finds one for either."""
+    return backend != "auto" and BACKENDS[backend].run_packed is not None
 
 
 def attend(
@@ -196,7 +200,8 @@ def attend_packed(
 ) -> Tensor:
     """Softmax attention of q, k and v in one tensor, as ``attend`` of its three parts.
 
-    Where ``triton`` runs, the gradient comes packed as well. The other backends give three, which are copied together.
+    Where ``triton`` or ``hopper`` runs, the gradient comes packed as well. The others give three, which are copied
+    together.
 
     Args:
         qkv: (B, N, 3, heads, head_dim), contiguous channels.
@@ -224,8 +229,8 @@ def attend_packed(
         q.device, q.dtype, dim, dropout, deterministic, shape[1], qkv.is_contiguous(), large, scale
     )
     name = _choose(backend, *case)
-    if name == "triton":
-        return imported["siglip_lib.kernels.flash_attention"].flash_attention(qkv, scale)
+    if run_packed := BACKENDS[name].run_packed:
+        return run_packed(qkv, scale)
     if scale <= 0:
         q, scale = _above_zero(q, scale)
     return BACKENDS[name].run(q, k, v, dropout, scale, deterministic)

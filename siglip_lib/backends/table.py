@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from siglip_lib.base.observers import has_mode, is_transformed
-from siglip_lib.base.offers import AMPERE, TRITON_MAX_TOKENS, why_not_our_kernel
+from siglip_lib.base.offers import AMPERE, HOPPER, TRITON_MAX_TOKENS, why_not_our_kernel
 
 
 class AttentionCase(NamedTuple):
@@ -57,6 +57,11 @@ imported: dict[str, ModuleType] = {}
 def _triton(q, k, v, dropout, scale, deterministic):
     module = imported["siglip_lib.kernels.flash_attention"]
     return module.flash_attention_of_parts(q, k, v, scale)
+
+
+def _hopper(q, k, v, dropout, scale, deterministic):
+    module = imported["siglip_lib.kernels.hopper_attention"]
+    return module.hopper_attention_of_parts(q, k, v, scale)
 
 
 def _cudnn(q, k, v, dropout, scale, deterministic):
@@ -136,6 +141,14 @@ def _why_not_triton(case: AttentionCase) -> str | None:
     return _needs_plain_autograd()
 
 
+def _why_not_hopper(case: AttentionCase) -> str | None:
+    if reason := _why_not_triton(case):
+        return reason
+    if torch.cuda.get_device_capability(case.device) != HOPPER:
+        return "needs a GPU of compute capability 9.0 (Hopper)"
+    return None
+
+
 def _why_not_cudnn(case: AttentionCase) -> str | None:
     if reason := _needs_half_on_ampere(case):
         return reason
@@ -200,6 +213,7 @@ class Backend:
     operator: Callable[[AttentionCase], str]
     package: str = ""  # what to import before the first run
     sure: tuple[str, ...] = ("meta",)  # devices on which it runs if nothing speaks against it
+    run_packed: Callable[[Tensor, float], Tensor] | None = None  # of qkv (B, N, 3, heads, head_dim)
 
 
 # The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, geometric means of 20
@@ -212,6 +226,9 @@ BACKENDS = {
         _why_not_triton,
         lambda _: f"this library's kernel, triton {importlib.metadata.version('triton')}",
         package="siglip_lib.kernels.flash_attention",
+        run_packed=lambda qkv, scale: imported[
+            "siglip_lib.kernels.flash_attention"
+        ].flash_attention(qkv, scale),
     ),
     "cudnn": Backend(_cudnn, _why_not_cudnn, lambda _: f"cuDNN {torch.backends.cudnn.version()}"),
     "flash_attn": Backend(
@@ -224,6 +241,18 @@ BACKENDS = {
     "xformers": Backend(_xformers, _why_not_xformers, _xformers_operator, package="xformers.ops"),
     "eager": Backend(
         _eager, _needs_floats, lambda _: "matmul, softmax, matmul", sure=("meta", "cpu", "cuda")
+    ),
+    # behind eager, which always runs: auto does not take it before it has been measured
+    "hopper": Backend(
+        _hopper,
+        _why_not_hopper,
+        lambda _: (
+            f"this library's kernel for Hopper, triton {importlib.metadata.version('triton')}"
+        ),
+        package="siglip_lib.kernels.hopper_attention",
+        run_packed=lambda qkv, scale: imported[
+            "siglip_lib.kernels.hopper_attention"
+        ].hopper_attention(qkv, scale),
     ),
 }
 

@@ -7,6 +7,7 @@ import torch
 
 TRITON_HEAD_DIMS = (64, 72, 80, 96, 128)
 TRITON_MAX_TOKENS = 16_384
+HOPPER = (9, 0)  # its kernel uses what no other GPU has: wgmma and TMA
 AMPERE = (8, 0)  # the first with bfloat16 in its tensor cores, and the first that Triton supports
 
 

@@ -19,6 +19,7 @@ from siglip_lib.classroom.plots import (
     figure,
     picture,
     plot_histogram,
+    plot_timeline,
     show,
     show_attention,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "picture",
     "plot_curves",
     "plot_histogram",
+    "plot_timeline",
     "predict",
     "search_box",
     "show",

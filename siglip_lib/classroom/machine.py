@@ -47,6 +47,7 @@ class Timing:
     fastest_ms: float
     slowest_ms: float
     peak_bytes: int | None  # None on a CPU, where torch does not count
+    times_ms: tuple[float, ...] = ()  # one after the other; by rounds in ``measure_together``
 
     @property
     def spread(self) -> float:
@@ -229,7 +230,7 @@ def _peak_bytes(fn: Callable[[], object]) -> int:
 
 
 def _timing(times: list[float], peak_bytes: int | None) -> Timing:
-    return Timing(statistics.median(times), min(times), max(times), peak_bytes)
+    return Timing(statistics.median(times), min(times), max(times), peak_bytes, tuple(times))
 
 
 def _captured(

@@ -16,14 +16,31 @@ from torch import Tensor
 from siglip_lib.base.checks import NUMBERS, check_tensor, one_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
     from PIL.Image import Image
 
+    from siglip_lib.classroom.schedule import Span
+
 PICTURES = ("cat", "coffee", "astronaut")
 # Okabe and Ito's palette: told apart by the colour-blind and on a weak projector.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Of attention, by who computes it; those that run one kernel, as notebook 04 finds, have one colour.
+KERNEL_COLOURS = {
+    "eager": COLOURS[6],
+    "SDPA mem-eff": COLOURS[3],
+    "xformers cutlass": COLOURS[3],
+    "xformers": COLOURS[0],
+    "SDPA flash": COLOURS[0],
+    "flash-attn 2": COLOURS[0],
+    "SDPA cuDNN": COLOURS[2],
+    "triton": COLOURS[1],  # this library's
+    "flash-attn 3": COLOURS[4],
+    "flash-attn 4": COLOURS[5],
+}
 
 
 def figure(
@@ -146,3 +163,31 @@ def show_attention(
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)
     return drawn
+
+
+def plot_timeline(axes: Axes, spans: Sequence[Span], until: float = math.inf) -> None:
+    """Draw what each role had done when: a row a role, a bar a span, a colour and a height a unit.
+
+    Args:
+        axes: where to draw.
+        spans: as ``schedule.run`` returns them.
+        until: cycles; what begins later is left out.
+
+    Raises:
+        ValueError: no span begins by then.
+    """
+    spans = [span for span in spans if span.start < until]
+    if not spans:
+        raise ValueError(f"no span begins before cycle {until:g}")
+    roles = list(dict.fromkeys(span.role for span in spans))
+    units = ("copy", "product", "exponential")
+    for place, (unit, colour) in enumerate(zip(units, COLOURS, strict=False)):
+        for i, role in enumerate(roles):
+            mine = [(s.start, s.end - s.start) for s in spans if (s.role, s.unit) == (role, unit)]
+            height = 0.8 / len(units)
+            label = unit if i == 0 else None
+            axes.broken_barh(mine, (i - 0.4 + place * height, height), color=colour, label=label)
+    axes.set_yticks(range(len(roles)), roles)
+    axes.invert_yaxis()
+    axes.set_xlabel("cycles")
+    axes.legend(ncols=len(units), loc="lower right", bbox_to_anchor=(1, 1))

@@ -1,4 +1,4 @@
-"""Widgets for a notebook: type a text and see the pictures it finds, click a patch and see where it looks.
+"""Widgets for a notebook: the pictures that a text finds, where a clicked patch looks, where a caption's words look.
 
 ipywidgets, anywidget and PIL are imported when a widget is made, not before: importing the library stays quick.
 """
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from ipywidgets import VBox
     from PIL.Image import Image
 
+    from siglip_lib.vl.language_model import LanguageModel
+    from siglip_lib.vl.visual_prefix import VisualPrefix
+
 THUMBNAIL = 192  # pixels along the longer side of a picture that was found
 SIDE = 384  # pixels, roughly, of the picture to click on
 MEAN = -1  # the heads' mean, in the place of a head's number
@@ -45,6 +48,16 @@ _FIGURE = (
     '<img src="data:image/png;base64,{}" alt="{}" style="width: 80px; height: 80px; object-fit: contain; '
     'background: white; border-radius: 4px">'
     '<figcaption><div style="overflow-wrap: anywhere">{}</div>{:.2f}</figcaption></figure>'
+)
+
+
+_READING = (
+    '<div style="line-height: 1.4">The picture becomes {} tokens. <b>{}?</b> {}</div>'
+    '<div style="display: flex; flex-wrap: wrap; gap: 12px">'
+    '<img src="data:image/png;base64,{}" alt="The picture, cut into its tiles." style="max-width: 100%; width: 320px">'
+    '<figure style="margin: 0; max-width: 100%; width: 320px"><img src="data:image/png;base64,{}" '
+    'alt="Where the place that tells the chosen word looks." style="width: 100%">'
+    "<figcaption>where “{}” looks</figcaption></figure></div>"
 )
 
 
@@ -200,6 +213,108 @@ def attention_viewer(
     return VBox([HBox(menus, layout=Layout(flex_flow="row wrap")), picker])
 
 
+def caption_viewer(
+    prefix: VisualPrefix,
+    language: LanguageModel,
+    tokenizer: Tokenizer,
+    pictures: Tensor,
+    prompts: Sequence[str],
+    *,
+    tiles: int = 1,
+    names: Sequence[str] | None = None,
+) -> VBox:
+    """Return what a captioner reads and writes: a picture's tiles, its tokens, the answer, and where each word looks.
+
+    The reader chooses picture, question, block and word. The map is the mean of the block's heads over the picture's
+    tokens, drawn over the tiles if there are any, else over the thumbnail; its least weight is violet, its largest
+    yellow. Separator and newlines are in the number of tokens, and not in the map. After an error, which is raised too,
+    it says what went wrong in the map's place.
+
+    Args:
+        prefix: tower, adaptor and learned vectors; run as it is, so put it into evaluation mode before.
+        language: the language model behind it.
+        tokenizer: of questions and answers; the answer has at most its context length of tokens.
+        pictures: (B, 3, H, W) in [-1, 1], on the prefix's device; H and W are ``tiles`` times the tower's size.
+        prompts: the questions to choose from.
+        tiles: tiles along a side; of one there is the thumbnail alone.
+        names: B names to choose pictures by; their numbers if None.
+
+    Raises:
+        ValueError: pictures of another size, no prompts, or a number of names that is not B.
+    """
+    from ipywidgets import HTML, Dropdown, HBox, Layout, VBox
+
+    height, width = prefix.vision.patch_embed.img_size
+    tiles, prompts = positive_int("tiles", tiles), list(prompts)
+    count = check_tensor(
+        "pictures", pictures, ("B", 3, tiles * height, tiles * width), empty=False
+    )[0]
+    names = [f"picture {i}" for i in range(count)] if names is None else list(names)
+    if not prompts or len(names) != count:
+        raise ValueError(
+            f"there are {len(prompts)} prompts, and {len(names)} names for {count} pictures"
+        )
+    grid = tuple(-(-side // 2) for side in prefix.vision.patch_embed.grid_size)
+
+    @lru_cache(maxsize=4)
+    @torch.no_grad()
+    def answer(place: int, prompt: str) -> tuple[int, list[str], Tensor]:
+        """Tokens of the picture, words written, and their weights (blocks, words, rows, columns)."""
+        whole = pictures[place : place + 1]
+        thumbnail, local = whole, None
+        if tiles > 1:
+            thumbnail = F.interpolate(whole, (height, width), mode="bilinear", antialias=True)
+            local = whole.unflatten(3, (tiles, width)).unflatten(2, (tiles, height))
+            local = local.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (1, tiles * tiles, 3, H, W)
+        seen = prefix(thumbnail, local, (tiles, tiles))
+        asked = tokenizer.prompts([prompt]).to(seen.device)
+        before = torch.cat((seen, language.token_embed(asked)), dim=1)
+        written = language.write(before, tokenizer.context_length)[:, : tokenizer.context_length]
+        with attention_maps(language) as maps:
+            language(torch.cat((before, language.token_embed(written[:, :-1])), dim=1))
+        # the place before a word tells it; what is drawn are the last rows of tokens, without their newlines
+        rows, columns = tiles * grid[0], tiles * grid[1]
+        end = seen.shape[1]
+        weights = torch.stack([x[0].mean(0)[before.shape[1] - 1 :, :end] for x in maps.values()])
+        weights = weights[..., end - rows * (columns + 1) :].unflatten(-1, (rows, columns + 1))
+        words = [tokenizer.decode(token[None, None].cpu())[0] or "</s>" for token in written[0]]
+        return end, words, weights[..., :-1].cpu()
+
+    def show(_: object = None) -> None:
+        try:
+            tokens, words, weights = answer(picture.value, prompt.value)
+            options = [(f"{i + 1}: {text}", i) for i, text in enumerate(words)]
+            if tuple(options) != tuple(word.options):
+                word.options = options  # chooses the first, which shows again
+            shown = _picture(pictures[picture.value], (tiles, tiles), (height, width))
+            drawn = _overlay(shown, weights[block.value, word.value])
+            text = html.escape(" ".join(words[: words.index("</s>")] if "</s>" in words else words))
+            result.value = _READING.format(
+                tokens, html.escape(prompt.value), text, *map(_encoded, (_ruled(shown, tiles), drawn)),
+                html.escape(words[word.value]),
+            )  # fmt: skip
+        except Exception as error:  # else an earlier answer would stand below this question
+            result.value = html.escape(_what_went_wrong(error))
+            raise
+
+    def choice(description: str, options: list[tuple[str, object]]) -> Dropdown:
+        menu = Dropdown(options=options, description=description)
+        menu.layout = Layout(width="230px", margin="2px 12px 2px 0")
+        menu.style.description_width = "62px"
+        return menu
+
+    picture = choice("Picture", [(name, i) for i, name in enumerate(names)])
+    prompt = choice("Question", [(text, text) for text in prompts])
+    block = choice("Block", [(f"block {i}", i) for i in range(len(language.blocks))])
+    word = choice("Word", [("1", 0)])
+    block.value = len(language.blocks) - 1
+    result = HTML(layout=Layout(width="100%", max_width="800px", margin="4px 0"))
+    show()
+    for menu in (picture, prompt, block, word):
+        menu.observe(show, "value")
+    return VBox([HBox([picture, prompt, block, word], layout=Layout(flex_flow="row wrap")), result])
+
+
 class _Maps(NamedTuple):
     """What a viewer shows: where the weights (heads, queries, N) of a picture and a layer come from."""
 
@@ -253,6 +368,23 @@ def _towers_maps(tower: VisionTransformer, pixels: Tensor) -> _Maps:
 
 def _what_went_wrong(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _encoded(image: Image) -> str:
+    return base64.b64encode(_png(image)).decode()
+
+
+def _ruled(picture: Image, tiles: int) -> Image:
+    """Return the picture with a line between tiles."""
+    from PIL import ImageDraw
+
+    ruled = picture.copy()
+    pen = ImageDraw.Draw(ruled)
+    for i in range(1, tiles):
+        x, y = i * picture.width // tiles, i * picture.height // tiles
+        pen.line((x, 0, x, picture.height), fill=COLOURS[1], width=3)
+        pen.line((0, y, picture.width, y), fill=COLOURS[1], width=3)
+    return ruled
 
 
 def _png(image: Image) -> bytes:

@@ -109,11 +109,11 @@ def flash_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 
 class _OfParts(torch.autograd.Function):
-    """The operator on the tensor that q, k and v lie in; their gradients lie in one, too."""
+    """An operator on the tensor that q, k and v lie in; their gradients lie in one, too."""
 
     @staticmethod
-    def forward(ctx, q, k, v, scale):
-        out, lse = torch.ops.siglip_lib.flash_attention(_whole(q), scale)
+    def forward(ctx, q, k, v, scale, operator):
+        out, lse = operator(_whole(q), scale)
         ctx.save_for_backward(q, k, v, out, lse)  # k and v so that a change in place is noticed
         ctx.scale = scale
         return out
@@ -123,7 +123,7 @@ class _OfParts(torch.autograd.Function):
     def backward(ctx, d_out):
         q, _, _, out, lse = ctx.saved_tensors
         backward = torch.ops.siglip_lib.flash_attention_backward
-        return *backward(d_out, _whole(q), out, lse, ctx.scale).unbind(2), None
+        return *backward(d_out, _whole(q), out, lse, ctx.scale).unbind(2), None, None
 
 
 def _whole(q: Tensor) -> Tensor:
@@ -134,19 +134,19 @@ def _whole(q: Tensor) -> Tensor:
 
 def flash_attention_of_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """As ``flash_attention``, of the three parts (B, N, heads, head_dim) of a packed tensor; the caller has checked."""
-    return _OfParts.apply(q, k, v, scale)
+    return _OfParts.apply(q, k, v, scale, torch.ops.siglip_lib.flash_attention)
 
 
 # --- forward ---
 
 
 @triton.jit
-def _place(tokens, HEADS: tl.constexpr, OWN: tl.constexpr):
-    """Return which block of rows is this thread block's, and of which pair of sample and head."""
+def _place(number, tokens, HEADS: tl.constexpr, OWN: tl.constexpr):
+    """Return which block of rows has a number, and of which pair of sample and head it is."""
     # neighbours have the same keys and values, so these come out of the L2 cache
     blocks = tl.cdiv(tokens, OWN)
-    pair = tl.program_id(0) // blocks
-    return tl.program_id(0) % blocks, pair, (pair // HEADS).to(tl.int64), pair % HEADS
+    pair = number // blocks
+    return number % blocks, pair, (pair // HEADS).to(tl.int64), pair % HEADS
 
 
 @triton.jit
@@ -165,9 +165,22 @@ def _forward_kernel(
     READ: tl.constexpr,  # keys at a time
     MASKED: tl.constexpr,  # whether the last block of keys is not a full one
 ):
+    _forward_block(
+        tl.program_id(0), qkv, out, lse, scale, tokens, padded,
+        HEADS, DIM, MAIN, REST, OWN, READ, MASKED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _forward_block(
+    number, qkv, out, lse, scale, tokens, padded,
+    HEADS: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    OWN: tl.constexpr, READ: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Compute the output and lse of a block of queries."""
     # strides are constants: a run-time stride of 72 would cost the 16-byte loads
     row: tl.constexpr = 3 * HEADS * DIM
-    block, pair, sample, head = _place(tokens, HEADS, OWN)
+    block, pair, sample, head = _place(number, tokens, HEADS, OWN)
     q_base = qkv + sample * tokens * row + head * DIM
     k_base = q_base + HEADS * DIM
     v_base = k_base + HEADS * DIM
@@ -300,7 +313,7 @@ def _queries_kernel(
 ):  # fmt: skip
     """Compute dq of OWN queries: over all keys, dq = ds @ k. And delta, which the other pass needs too."""
     row: tl.constexpr = 3 * HEADS * DIM
-    block, pair, sample, head = _place(tokens, HEADS, OWN)
+    block, pair, sample, head = _place(tl.program_id(0), tokens, HEADS, OWN)
     q_base = qkv + sample * tokens * row + head * DIM
     k_base = q_base + HEADS * DIM
 
@@ -375,7 +388,7 @@ def _keys_kernel(
 ):  # fmt: skip
     """Compute dk and dv of OWN keys: over all queries, dv = p.T @ d_out and dk = ds.T @ q."""
     row: tl.constexpr = 3 * HEADS * DIM
-    block, pair, sample, head = _place(tokens, HEADS, OWN)
+    block, pair, sample, head = _place(tl.program_id(0), tokens, HEADS, OWN)
     q_base = qkv + sample * tokens * row + head * DIM
     do_base = d_out + (sample * tokens * HEADS + head) * DIM
     lse_base, delta_base = lse + pair * padded, delta + pair * padded

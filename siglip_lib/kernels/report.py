@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import KernelInterface, driver
@@ -32,7 +33,8 @@ class Launch:
     """A launch, ``kernel[grid](*arguments, **constants)``: what a kernel is compiled for.
 
     Args:
-        kernel: by ``triton.jit``, of a module; or of a notebook, and then it uses only kernels, ``triton`` and ``tl``.
+        kernel: by ``triton.jit`` or ``gluon.jit``, of a module or of a notebook. One of a notebook uses only kernels,
+            imports and ``tl.constexpr``, and in its signature ``triton``, ``tl`` and ``gl``.
         capability: compute capability of the GPU, at least (8, 0).
         arguments: numbers, None, and a dtype for each tensor.
         constants: of the kernel, and Triton's options (``num_warps``).
@@ -56,6 +58,7 @@ class CompileReport:
         opcodes: how often each instruction stands in the assembler's listing, by its name up to the first dot, of the
             MUFU family with what it computes (FMUL, MUFU.EX2; products are HGMMA, on Hopper, or HMMA); empty unless
             asked for, or where Triton came without the tools that list them.
+        loops: the same of each innermost loop; LDL and STL load and store what was spilled.
     """
 
     registers: int
@@ -63,6 +66,7 @@ class CompileReport:
     shared: int
     serialised: bool
     opcodes: dict[str, int] = field(default_factory=dict)
+    loops: list[dict[str, int]] = field(default_factory=list)
 
 
 def compile_reports(
@@ -121,14 +125,86 @@ def library_launches(
     return {name: Launch(kernel, capability, *rest) for name, (kernel, *rest) in found.items()}
 
 
+def hopper_launches(dims: Sequence[int] = TRITON_HEAD_DIMS, tokens: int = 729) -> dict[str, Launch]:
+    """Return a launch of each kernel for Hopper alone, for each head_dim: as ``library_launches``."""
+    # Gluon is experimental, and no other report needs it
+    from siglip_lib.kernels import hopper_attention
+
+    found = {}
+    for dim in dims:
+        packed = torch.empty(64, tokens, 3 * 16, dim, dtype=torch.bfloat16, device="meta")
+        out = packed[:, :, :16].contiguous()
+        described = *hopper_attention.descriptors(packed), *hopper_attention.descriptors(out)
+        sizes = tokens, flash_attention._padded(tokens), 1
+        for name, options in {
+            "hopper": (False,),
+            "hopper exact": (True,),
+            "hopper small": (False, True),
+        }.items():
+            constants = hopper_attention.constants_of(dim, 16, tokens, *options)
+            given = (*described, torch.float32, 0.1, *sizes)
+            found[f"{name} {dim}"] = Launch(
+                hopper_attention._hopper_kernel, (9, 0), given, constants
+            )
+        constants = hopper_attention.redo_constants(dim, 16, tokens)
+        given = (torch.bfloat16, torch.bfloat16, torch.float32, 0.1, *sizes)
+        found[f"hopper redo {dim}"] = Launch(
+            hopper_attention._redo_kernel, (9, 0), given, constants
+        )
+    return found
+
+
+def hopper_backward_launches(
+    dims: Sequence[int] = TRITON_HEAD_DIMS, tokens: int = 729
+) -> dict[str, Launch]:
+    """Return a launch of each kernel of the backward pass for Hopper, as ``hopper_launches``."""
+    from siglip_lib.kernels import hopper_backward
+
+    found, padded = {}, flash_attention._padded(tokens)
+    for dim in dims:
+        shape = 64, tokens, 3, 16, dim
+        qkv = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        d_out, lse = qkv[:, :, 0].contiguous(), torch.empty(64, 16, padded, device="meta")
+        for name in hopper_backward.ROLES:
+            given = hopper_backward.arguments_of(name, qkv, d_out, qkv, lse, lse)
+            given = [x.dtype if isinstance(x, torch.Tensor) else x for x in given]
+            constants = hopper_backward.constants_of(name, dim, 16, tokens)
+            given = (*given, 0.1, 0.1, tokens, padded, 1)
+            kernel = hopper_backward._backward_kernel
+            found[f"hopper {name} {dim}"] = Launch(kernel, (9, 0), given, constants)
+        given = (torch.bfloat16, torch.bfloat16, torch.float32, tokens, padded)
+        constants = hopper_backward.delta_constants(dim, 16)
+        kernel = hopper_backward._delta_kernel
+        found[f"hopper delta {dim}"] = Launch(kernel, (9, 0), given, constants)
+    return found
+
+
 def _source(kernel: KernelInterface) -> str:
-    """Python that defines a kernel: an import; in a notebook its own source, after that of the kernels it calls."""
-    fn = kernel.fn
-    if fn.__module__ != "__main__":
-        return f"from {fn.__module__} import {fn.__name__}"
-    used = (fn.__globals__.get(name) for name in fn.__code__.co_names)
-    sources = (_source(other) for other in used if isinstance(other, KernelInterface))
-    return "\n".join(("import triton, triton.language as tl", *sources, inspect.getsource(fn)))
+    """Python that defines a kernel: an import; in a notebook its own source, after that of all that it uses."""
+    found = {"tl": "import triton, triton.language as tl"}
+    if type(kernel).__name__ == "GluonJITFunction":
+        found |= {"gluon": "from triton.experimental import gluon"}
+        found |= {"gl": "from triton.experimental.gluon import language as gl"}
+    _define(kernel.fn.__name__, kernel, found)
+    return "\n".join(found.values())
+
+
+def _define(name: str, value: object, found: dict[str, str]) -> None:
+    """Add what gives ``value`` its name, behind the same of all names that it uses."""
+    if name in found:
+        return
+    fn = getattr(value, "fn", value)  # of a kernel, the function that was decorated
+    if isinstance(value, triton.language.constexpr):
+        found[name] = f"{name} = tl.constexpr({value.value!r})"
+    elif isinstance(value, ModuleType):
+        found[name] = f"import {value.__name__} as {name}"
+    elif inspect.isfunction(fn) and fn.__module__ != "__main__":
+        found[name] = f"from {fn.__module__} import {fn.__name__} as {name}"
+    elif isinstance(value, KernelInterface):
+        for other in fn.__code__.co_names:
+            if other != name and other in fn.__globals__:
+                _define(other, fn.__globals__[other], found)
+        found[name] = inspect.getsource(fn)
 
 
 @functools.cache
@@ -169,14 +245,30 @@ def _report(
     log = log.getvalue()
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
-    found = {}
+    found, loops = {}, []
     if opcodes:
         with suppress(RuntimeError, OSError, subprocess.SubprocessError):
-            found = _opcodes(compiled.asm["sass"])
-    return CompileReport(registers, spilled, compiled.metadata.shared, "serialized" in log, found)
+            listing = compiled.asm["sass"]
+            found, loops = _opcodes(listing), [_opcodes(body) for body in _innermost_loops(listing)]
+    shared, serialised = compiled.metadata.shared, "serialized" in log
+    return CompileReport(registers, spilled, shared, serialised, found, loops)
 
 
 def _opcodes(listing: str) -> dict[str, int]:
     """Count instructions: in a line of the listing a tab, perhaps a predicate (@!P0), then the name."""
     names = re.findall(r"\t(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9]+)?)", listing)
     return dict(Counter(x if x.startswith("MUFU") else x.partition(".")[0] for x in names))
+
+
+def _innermost_loops(listing: str) -> list[str]:
+    """Lines from a label to a branch back to it, where the branch is conditional: others return from aside."""
+    lines = listing.splitlines()
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
+    branches = ((i, re.search(r"\t@!?U?P\w+ BRA (\w+);", line)) for i, line in enumerate(lines))
+    ends = [(labels.get(found[1], i), i) for i, found in branches if found]
+    loops = [(start, end) for start, end in ends if start < end]
+    return [
+        "\n".join(lines[start : end + 1])
+        for start, end in loops
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+    ]

@@ -1,6 +1,7 @@
 """SigLIP: image and text tower, its loss on one process and on many, its folder on disk, and the one that ships."""
 
 from siglip_lib.siglip.folder import (
+    EMOJI64_CAPTIONER,
     EMOJI64_SIGLIP,
     EMOJI64_VECTORS,
     EMOJI64_WEIGHTS,
@@ -17,6 +18,7 @@ from siglip_lib.siglip.ring_softmax import ring_softmax_loss
 from siglip_lib.siglip.text import TextTransformer, Tokenizer, train_tokenizer
 
 __all__ = [
+    "EMOJI64_CAPTIONER",
     "EMOJI64_SIGLIP",
     "EMOJI64_VECTORS",
     "EMOJI64_WEIGHTS",

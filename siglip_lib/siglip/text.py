@@ -1,6 +1,7 @@
 """SigLIP's text tower, and the tokenizer that turns captions into its input."""
 
 import io
+import itertools
 import string
 import textwrap
 from collections.abc import Iterable
@@ -80,6 +81,33 @@ class Tokenizer:
             ids = ids[: self.context_length - 1]
             row[: len(ids)] = ids
         return torch.from_numpy(tokens)
+
+    def prompts(self, texts: Iterable[str]) -> Tensor:
+        """Return the token ids of texts that something is to follow, filled up with ``</s>`` in front, (B, N) int64.
+
+        So what follows begins right after the last word, however long the text.
+        """
+        tokens = self(texts)
+        rows = [row.roll(int((row == EOS).sum())) for row in tokens]
+        return torch.stack(rows) if rows else tokens
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Return the texts of token ids (B, N): what ``canonicalize`` left of them.
+
+        Each begins after the ``</s>`` in front, if there are any, and ends at the next.
+
+        Raises:
+            TypeError, ValueError: ids that are no integers, of another shape, or beyond the vocabulary.
+        """
+        check_tensor("tokens", tokens, ("B", "N"), dtypes=INTEGERS)
+        beyond = (tokens < 0) | (tokens >= self.vocab_size)
+        if beyond.any():
+            raise ValueError(
+                f"tokens holds {tokens[beyond][0]}; it must lie in 0 to {self.vocab_size - 1}"
+            )
+        begun = (itertools.dropwhile(lambda i: i == EOS, row) for row in tokens.tolist())
+        rows = [[*itertools.takewhile(lambda i: i != EOS, row)] for row in begun]
+        return [self._pieces.decode(row) for row in rows]
 
 
 def train_tokenizer(captions: Iterable[str], path: str | Path, vocab_size: int) -> None:

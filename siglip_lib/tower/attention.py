@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from siglip_lib.backends.dispatch import attend, attend_packed, check_backend_name
+from siglip_lib.backends.dispatch import attend, attend_packed, check_backend_name, takes_packed
 from siglip_lib.base.checks import check_tensor, positive_int, probability
 
 
@@ -20,8 +20,8 @@ class Attention(nn.Module):
         norm_layer: class of ``q_norm`` and ``k_norm``.
         deterministic: the same bits on every run, backward pass included.
         backend: ``auto`` for the first that can run on the input, in the order that notebook 04 measured, or
-            ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``, ``eager``; ``attention_backends`` tells which
-            can.
+            ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``, ``eager``, ``hopper``;
+            ``attention_backends`` tells which can.
 
     Shapes: x (B, N, D) to (B, N, D).
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         options["dropout"] = _drop_probability(self.attn_drop)
         if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
             out = attend_packed(self._packed(x), **options)  # (B, N, heads, head_dim)
-        elif self.backend == "triton":  # the norms made new tensors, and it needs all in one
+        elif takes_packed(self.backend):  # the norms made new tensors
             out = attend_packed(torch.stack(self._heads(x), 2), **options)
         else:
             out = attend(*self._heads(x), **options)

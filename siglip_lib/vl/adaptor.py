@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from siglip_lib.base.checks import check_tensor, pair, plain_shape, positive_int
 
+Grid = tuple[int, int]  # rows and columns
+
 
 class Adaptor(nn.Module):
     """Two by two neighbouring tokens to one, and their channels to a language model's.
@@ -26,11 +28,10 @@ class Adaptor(nn.Module):
         super().__init__()
         self.width = positive_int("width", width)
         n_embed = positive_int("n_embed", n_embed)
-        self.layers = nn.Sequential(
-            nn.Linear(4 * width, n_embed), nn.GELU(), nn.Linear(n_embed, n_embed)
-        )
+        layers = nn.Linear(4 * width, n_embed), nn.GELU(), nn.Linear(n_embed, n_embed)
+        self.layers = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
         rows, columns = pair("grid", grid)
         check_tensor("x", x, ("B", rows * columns, self.width))
         x = x.transpose(1, 2).unflatten(2, (rows, columns))  # (B, D, rows, columns)
@@ -41,11 +42,7 @@ class Adaptor(nn.Module):
 
 
 def lay_out(
-    thumbnail: Tensor,
-    tiles: Tensor | None,
-    grid: tuple[int, int],
-    newline: Tensor,
-    separator: Tensor,
+    thumbnail: Tensor, tiles: Tensor | None, grid: Grid, newline: Tensor, separator: Tensor
 ) -> Tensor:
     """Put the tokens of a thumbnail and of its picture's tiles into one sequence.
 
@@ -54,17 +51,13 @@ def lay_out(
 
     Args:
         thumbnail: (B, rows, columns, E).
-        tiles: (B, tiles, rows, columns, E), tile by tile and row by row; None for the thumbnail alone, without a
-            separator.
+        tiles: (B, tiles, rows, columns, E), tiles row by row; None for the thumbnail alone, without a separator.
         grid: rows and columns of tiles; of None not looked at.
         newline: (E,), after each row.
         separator: (E,), between the views.
 
     Returns:
         (B, N, E), with N = rows * (columns + 1), and of m by n tiles 1 + m * rows * (n * columns + 1) more.
-
-    Raises:
-        ValueError: a shape is another.
 
     Source: Wu et al., DeepSeek-VL2 (2024), section 2, and its code (tile_tag "2D", global view first).
     """
@@ -83,6 +76,5 @@ def lay_out(
 
 def _rows_closed(tokens: Tensor, newline: Tensor) -> Tensor:
     """Return (B, rows, columns, E) as (B, rows * (columns + 1), E)."""
-    batch, rows, _, channels = plain_shape(tokens)
-    ends = newline.expand(batch, rows, 1, channels)
+    ends = newline.expand(*plain_shape(tokens)[:2], 1, -1)
     return torch.cat((tokens, ends), dim=2).flatten(1, 2)

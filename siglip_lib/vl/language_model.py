@@ -12,24 +12,62 @@ from siglip_lib.tower.layers import GELU_TANH, LAYER_NORM
 from siglip_lib.tower.weight_init import init_rule, named_apply
 
 KV = tuple[Tensor, Tensor]  # k and v of the tokens so far, each (B, N, heads, head_dim)
+Past = list[KV]  # of each block
+
+
+def rotate(x: Tensor, first: int = 0) -> Tensor:
+    """Turn each token's vectors (B, N, heads, head_dim) by angles that grow with its place, ``first`` and on.
+
+    Channel i and channel i + head_dim / 2 are turned as one point of a plane, by place * 10000 ** (-2 i / head_dim). So
+    the product of a turned q and a turned k depends on how far their places are apart, not on where they are.
+
+    Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding (2021), section 3.2.2.
+    """
+    half = x.shape[-1] // 2
+    places = torch.arange(first, first + x.shape[1], device=x.device, dtype=torch.float32)
+    channels = torch.arange(half, device=x.device, dtype=torch.float32)
+    angles = (places[:, None] * 10_000.0 ** (-channels / half))[:, None]  # (N, 1, half)
+    cos, sin = angles.cos(), angles.sin()
+    u, v = x.chunk(2, dim=-1)
+    return torch.cat((u * cos - v * sin, u * sin + v * cos), dim=-1).to(x.dtype)
 
 
 class CausalAttention(Attention):
-    """Self-attention in which a token attends to itself and to those before it.
+    """Self-attention in which a token attends to itself and to those before it, and knows how far they are away.
 
-    The library's own kernel has no mask, because no picture needs one; PyTorch's attention has this one, and leaves out
-    the blocks of pairs that it hides.
+    Places are told by turning q and k, however long the text (``rotate``): no table holds a vector for each. The
+    library's own kernel has no mask, because no picture needs one; PyTorch's has, and leaves out what it hides.
     """
 
     def forward(self, x: Tensor, past: KV | None = None) -> tuple[Tensor, KV]:
-        """Return the output (B, N, D), and k and v of all tokens so far; after a ``past`` N is 1."""
-        q, *kv = self._heads(x)
+        """Return the output (B, N, D), and k and v of all tokens so far: those of a ``past``, then those of x."""
+        q, k, v = self._turned(x, past)
+        seen = {"is_causal": True} if past is None else {"attn_mask": self._seen(q, k)}
+        parts = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, N, head_dim)
+        out = F.scaled_dot_product_attention(*parts, scale=self.scale, **seen)
+        return self.proj(out.transpose(1, 2).flatten(2)), (k, v)
+
+    def attention_map(self, x: Tensor, past: KV | None = None) -> Tensor:
+        """Return the weights (B, heads, N, keys) in float32; keys are those of a past, then those of x (B, N, D)."""
+        q, k, _ = self._turned(x, past)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.einsum("bqhd, bkhd -> bhqk", self.scale * q.float(), k.float())
+        return scores.masked_fill(~self._seen(q, k), -torch.inf).softmax(-1)
+
+    def _turned(self, x: Tensor, past: KV | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q of the newest tokens, and k and v of all so far, each (B, N, heads, head_dim)."""
+        q, k, v = self._heads(x)
+        first = 0 if past is None else past[0].shape[1]
+        q, k = rotate(q, first), rotate(k, first)
         if past is not None:
-            kv = [torch.cat(both, dim=1) for both in zip(past, kv, strict=True)]
-        parts = (part.transpose(1, 2) for part in (q, *kv))  # (B, heads, N, head_dim)
-        # after a past the newest token may see them all
-        out = F.scaled_dot_product_attention(*parts, is_causal=past is None, scale=self.scale)
-        return self.proj(out.transpose(1, 2).flatten(2)), tuple(kv)
+            k, v = (torch.cat(both, dim=1) for both in zip(past, (k, v), strict=True))
+        return q, k, v
+
+    @staticmethod
+    def _seen(q: Tensor, k: Tensor) -> Tensor:
+        """Return which of the keys each of the newest tokens sees (queries, keys): all up to itself."""
+        queries, keys = q.shape[1], k.shape[1]
+        return torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
 
 
 class DecoderBlock(Block):
@@ -50,53 +88,47 @@ class LanguageModel(nn.Module):
 
     Args:
         vocab_size: number of tokens V; the embedding of each is also the row that makes its logit.
-        context_length: most tokens of a sequence, those of pictures included.
         width: channels E.
         depth: number of blocks.
-        num_heads: heads of each attention; divides ``width``.
+        num_heads: heads of each attention; ``width`` is an even multiple of it.
 
-    Shapes: x (B, N, E) to logits (B, N, V) and the past, of each block. After a past x is the one next token, N = 1.
+    Shapes: x (B, N, E) to logits (B, N, V) and the past, of each block. After a past x are the tokens that come next.
 
     Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019), section 2.3 (pre-norm decoder);
     Press and Wolf, Using the Output Embedding to Improve Language Models (2017).
     """
 
-    def __init__(
-        self, vocab_size: int, context_length: int, width: int, depth: int, num_heads: int
-    ) -> None:
+    def __init__(self, vocab_size: int, width: int, depth: int, num_heads: int) -> None:
         super().__init__()
-        width = positive_int("width", width)
+        width, num_heads = positive_int("width", width), positive_int("num_heads", num_heads)
+        if width % (2 * num_heads):
+            raise ValueError(f"width={width} must be a multiple of 2 * num_heads={2 * num_heads}")
         self.token_embed = nn.Embedding(positive_int("vocab_size", vocab_size), width)
-        positions = torch.empty(1, positive_int("context_length", context_length), width)
-        self.pos_embed = nn.Parameter(positions)
         depth = positive_int("depth", depth)
         self.blocks = nn.ModuleList(DecoderBlock(width, num_heads) for _ in range(depth))
         self.norm = LAYER_NORM(width)
-        for table in (self.token_embed.weight, self.pos_embed):
-            nn.init.normal_(table, std=width**-0.5)
+        nn.init.normal_(self.token_embed.weight, std=width**-0.5)
         named_apply(init_rule("big_vision"), self.blocks, "blocks")
 
-    def forward(self, x: Tensor, past: list[KV] | None = None) -> tuple[Tensor, list[KV]]:
-        longest, width = self.pos_embed.shape[1:]
-        length = check_tensor("x", x, ("B", "N", width), empty=False)[1]
-        before = past[0][0].shape[1] if past else 0
-        if past and length > 1:
-            raise ValueError(f"x holds {length} tokens after a past; it must be one at a time")
-        if before + length > longest:
-            raise ValueError(f"{before + length} tokens are more than context_length={longest}")
-        x = x + self.pos_embed[:, before : before + length]
-        seen = []
-        for block, before in zip(self.blocks, past or [None] * len(self.blocks), strict=True):
-            x, kv = block(x, before)
-            seen.append(kv)
-        return self.norm(x) @ self.token_embed.weight.T, seen
+    def forward(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
+        x, past = self.read(x, past)
+        return F.linear(x, self.token_embed.weight), past
 
-    def caption_logits(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """Return the logits (B, T, V) of each of a caption's tokens (B, T), after a prefix (B, N, E)."""
+    def read(self, x: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
+        """Return the tokens (B, N, E) as the last norm gives them, of which the logits are made, and the past."""
+        check_tensor("x", x, ("B", "N", self.norm.normalized_shape[0]), empty=False)
+        past = [*(past or [None] * len(self.blocks))]
+        for i, block in enumerate(self.blocks):
+            x, past[i] = block(x, past[i])
+        return self.norm(x), past
+
+    def caption_logits(self, prefix: Tensor, tokens: Tensor, past: Past | None = None) -> Tensor:
+        """Return the logits (B, T, V) of each of a caption's tokens (B, T), after a prefix (B, N, E) and a past."""
         batch, length, _ = check_tensor("prefix", prefix, ("B", "N", self.norm.normalized_shape[0]))
         check_tensor("tokens", tokens, (batch, "T"), dtypes=INTEGERS, empty=False)
         x = torch.cat((prefix, self.token_embed(tokens[:, :-1]).to(prefix.dtype)), dim=1)
-        return self(x)[0][:, length - 1 :]  # the last of the prefix tells the first
+        x = self.read(x, past)[0][:, length - 1 :]  # the last of the prefix tells the first
+        return F.linear(x, self.token_embed.weight)
 
     @torch.no_grad()
     def write(self, prefix: Tensor, most: int) -> Tensor:
@@ -117,9 +149,7 @@ class LanguageModel(nn.Module):
 def caption_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return the mean cross-entropy, in nats, of all captions' tokens, up to the first ``</s>`` of each and with it.
 
-    Args:
-        logits: (B, T, V), of which token stands at each place.
-        tokens: (B, T) int64, which stands there.
+    Shapes: logits (B, T, V), of which token stands at each place, and tokens (B, T) int64, those that do.
     """
     batch, length, _ = check_tensor("logits", logits, ("B", "T", "V"), empty=False)
     check_tensor("tokens", tokens, (batch, length), dtypes=(torch.int64,))

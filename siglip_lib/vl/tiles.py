@@ -1,23 +1,16 @@
 """A large picture as tiles of the tower's size, and a thumbnail of the whole."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from siglip_lib.base.checks import pair, positive_int
-from siglip_lib.data.preprocessing import as_image, upright_rgb
+from siglip_lib.data.preprocessing import Picture, as_image, upright_rgb
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from siglip_lib.data.preprocessing import Picture
-
+Size = tuple[int, int]  # height and width in pixels
 GREY = (127, 127, 127)  # what the mean colour .5 is in 8 bits, rounded down
 
 
@@ -30,22 +23,17 @@ class Tiles:
     grid: tuple[int, int]  # rows and columns of tiles
 
 
-def candidate_resolutions(size: int = 384, most: int = 9) -> list[tuple[int, int]]:
+def candidate_resolutions(size: int = 384, most: int = 9) -> list[Size]:
     """Return heights and widths in pixels of all grids of at most ``most`` tiles, each ``size`` by ``size`` pixels.
 
     Source: Wu et al., DeepSeek-VL2 (2024), section 2 (dynamic tiling strategy).
     """
     size, most = positive_int("size", size), positive_int("most", most)
-    return [
-        (rows * size, columns * size)
-        for rows in range(1, most + 1)
-        for columns in range(1, most // rows + 1)
-    ]
+    sides = range(1, most + 1)
+    return [(m * size, n * size) for m in sides for n in sides if m * n <= most]
 
 
-def choose_resolution(
-    size: tuple[int, int], candidates: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
+def choose_resolution(size: Size, candidates: Sequence[Size]) -> Size:
     """Return the candidate that shows most of a picture, and of equals the one that wastes least.
 
     A picture is enlarged or shrunk until it fits into the candidate, its aspect kept. What it shows are the pixels that
@@ -65,7 +53,7 @@ def choose_resolution(
     if not candidates:
         raise ValueError("candidates is empty")
 
-    def shown_and_waste(candidate: tuple[int, int]) -> tuple[int, int]:
+    def shown_and_waste(candidate: Size) -> tuple[int, int]:
         high, wide = candidate
         # in integers: a float's rounding could lose a column, and turn the choice
         filled = min(high, height * wide // width) * min(wide, width * high // height)
@@ -76,7 +64,7 @@ def choose_resolution(
 
 
 def tile_picture(
-    picture: Picture, candidates: Sequence[tuple[int, int]] | None = None, size: int = 384
+    picture: Picture, candidates: Sequence[Size] | None = None, size: int = 384
 ) -> Tiles:
     """Cut a picture into tiles, with a thumbnail of the whole.
 
@@ -88,35 +76,28 @@ def tile_picture(
         size: height and width of a tile in pixels.
 
     Raises:
-        ValueError: a candidate is no multiple of ``size``, or the picture is so thin that nothing would be left of it;
-            see also ``preprocess``.
-        TypeError: see ``preprocess``.
+        TypeError, ValueError: as ``preprocess``; or a candidate is no multiple of ``size``, or the picture is so thin
+            that nothing would be left of it.
 
     Source: Wu et al., DeepSeek-VL2 (2024), section 2, and its code (DeepseekVLV2Processor).
     """
+    from PIL import Image, ImageOps
+
     size = positive_int("size", size)
     candidates = candidate_resolutions(size) if candidates is None else candidates
-    if odd := [
-        each for each in candidates if any(side % size for side in pair("candidates", each))
-    ]:
+    odd = [each for each in candidates if any(x % size for x in pair("candidates", each))]
+    if odd:
         raise ValueError(f"candidates={odd} must be multiples of size={size}")
     image = upright_rgb("picture", as_image("picture", picture))
     if 2 * size * min(image.size) <= max(image.size):
-        raise ValueError(
-            f"picture of {image.width} x {image.height} is too thin for a thumbnail of {size} pixels"
-        )
+        shape = f"{image.width} x {image.height}"
+        raise ValueError(f"picture of {shape} is too thin for a thumbnail of {size} pixels")
     height, width = choose_resolution((image.height, image.width), candidates)
-    views = [_framed(image, *shape) for shape in ((size, size), (height, width))]
-    thumbnail, whole = ((view.float() / 255 - 0.5) / 0.5 for view in views)
+    views = []
+    for framed in ((size, size), (width, height)):
+        view = np.array(ImageOps.pad(image, framed, Image.Resampling.BICUBIC, color=GREY))
+        views.append((torch.from_numpy(view).permute(2, 0, 1).float() / 255 - 0.5) / 0.5)
+    thumbnail, whole = views
     grid = (height // size, width // size)
     tiles = whole.unflatten(1, (grid[0], size)).unflatten(3, (grid[1], size))
     return Tiles(thumbnail, tiles.permute(1, 3, 0, 2, 4).flatten(0, 1), grid)
-
-
-def _framed(image: Image, height: int, width: int) -> Tensor:
-    """Return the picture in the middle of a grey one, (3, height, width) uint8."""
-    from PIL import ImageOps
-    from PIL.Image import Resampling
-
-    framed = ImageOps.pad(image, (width, height), Resampling.BICUBIC, color=GREY)
-    return torch.from_numpy(np.array(framed)).permute(2, 0, 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from siglip_lib.base.checks import check_tensor, pair, positive_int
+from siglip_lib.base.checks import check_tensor, pair
 from siglip_lib.storage.fitting import check_finite, check_fit, check_plain, fill
 from siglip_lib.storage.names import tower_of, whole_state, without_wrappers
 from siglip_lib.storage.reading import find_weights, read_weights
@@ -37,7 +37,6 @@ class VisualPrefix(nn.Module):
         super().__init__()
         if tower.num_prefix_tokens:
             raise ValueError(f"tower has {tower.num_prefix_tokens} tokens that are no patches")
-        n_embed = positive_int("n_embed", n_embed)
         self.vision = tower
         self.projector = Adaptor(tower.embed_dim, n_embed)
         self.image_newline = nn.Parameter(torch.randn(n_embed) * n_embed**-0.5)
@@ -77,10 +76,8 @@ def load_visual_prefix(prefix: VisualPrefix, source: str | Path) -> int:
     Raises:
         FileNotFoundError, PermissionError, OSError, ValueError: as ``load_weights``; nothing was changed.
     """
-    files = find_weights(str(source), beside=_BESIDE)
-    state, where = read_weights(files)
-    tower = tower_of(state, where)[1]
-    state = without_wrappers(state, where)
+    state, where = read_weights(find_weights(str(source), beside=_BESIDE))
+    tower, state = tower_of(state, where)[1], without_wrappers(state, where)
     found = {
         "vision." + name.removeprefix(tower) if name.startswith(tower) else name: tensor
         for name, tensor in state.items()

@@ -72,7 +72,7 @@ def by_logits(logits, yes):
         _HALVES.format("if i == j: " + _CALL, "total / 2"): "never asked",
         _HALVES.format("if i == j: " + _CALL, "total"): "never asked",
         _HALVES.format(_PLAIN_CALL, "total / 2"): "without ids",
-        _HALVES.format(_CALL.replace("(i, j)", "(0, 1)"), "total / 2"): "the loss of 8 pairs is",
+        _HALVES.format(_CALL.replace("(i, j)", "(0, 1)"), "total / 2"): "the loss of 16 pairs is",
         _HALVES.format(
             _CALL.replace(
                 "(x, y,", "(image.chunk(2)[min(i, j)], text.chunk(2)[max(i, j)],"
@@ -81,7 +81,15 @@ def by_logits(logits, yes):
         ): "comes twice",
         _HALVES.format(_CALL, "(total / 2).item()"): "a tensor of shape ()",
         _HALVES.format(_CALL, "(total / 2).detach()"): "no gradient can flow",
+        _HALVES.format(_CALL, "(total / 2).float()"): "dtype float32",
         "def in_halves(*learned): return sigmoid_loss(*learned)": "matrix of all pairs",
+        """
+def in_halves(image, text, logit_scale, logit_bias):
+    ids, total = torch.arange(len(image)), 0
+    for x, image_ids in zip(image.chunk(2), ids.chunk(2)):
+        total += sigmoid_loss(x, text, logit_scale, logit_bias, image_ids, ids)
+    return total / 2
+""": "one half of the texts",
         _HALVES.format(_CALL.replace("(x, y,", "(x.detach(), y,"), "total / 2"): "gradients",
     },
 }

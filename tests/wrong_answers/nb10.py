@@ -22,6 +22,11 @@ def recall_at(similarity, right, k):
 """
 _FINITE = "if not similarity.isfinite().all(): raise ValueError('not finite')"
 _BEFORE = "(similarity >= own).sum(1) - 1"
+_RANKED = """
+def recall_at(similarity, right, k):
+    if not similarity.isfinite().all(): raise ValueError('not finite')
+    return ({} == right[:, None]).any(1).double().mean().item()
+"""
 _ENSEMBLE = """
 def ensemble(vectors):
     mean = vectors.mean({})
@@ -43,8 +48,15 @@ WRONG = {
     "10.2": {
         _RECALL.format(_FINITE, "(similarity > own).sum(1)", "mean().item()"): "as similar as",
         _RECALL.format(_FINITE, "(similarity >= own).sum(1)", "mean().item()"): "before itself",
+        _RANKED.format("similarity.topk(k, dim=1).indices"): "as being before",
+        _RANKED.format(
+            "similarity.argsort(dim=1, descending=True, stable=True)[:, :k]"
+        ): "whichever column",
+        _RANKED.format(
+            "similarity.flip(1).argsort(dim=1, descending=True, stable=True).mul(-1).add(3)[:, :k]"
+        ): "whichever column",
         _RECALL.format(_FINITE, _BEFORE, "sum().item()"): "not a number of queries",
-        _RECALL.format(_FINITE, "(similarity <= own).sum(1) - 1", "mean().item()"): "0.25, 0.75",
+        _RECALL.format(_FINITE, "(similarity <= own).sum(1) - 1", "mean().item()"): "0.2, 0.8",
         _RECALL.format("", _BEFORE, "mean().item()"): "similarity of nan",
         _RECALL.format(
             "if similarity.isnan().any(): raise ValueError", _BEFORE, "mean().item()"

@@ -115,6 +115,8 @@ WRONG = {
     },
     "12.2": {
         "def row_mean_kernel(x, out, columns, BLOCK): return x.mean(1)": "no kernel",
+        _mean(mask=", mask=column < columns"): "right by luck",
+        _mean(mask=", column < columns"): "right by luck",
         _mean(value="tl.sum(x)"): "that is the sum",
         _mean(value="tl.sum(x) / BLOCK"): "not by BLOCK",
         _mean(mask=""): "mask the load, with other",

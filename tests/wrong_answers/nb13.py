@@ -98,6 +98,12 @@ def merge(first, second):
     "13.2": {
         _lazy("risen += rises.sum().item()", "risen += 1"): "count queries and blocks",
         _lazy("+ threshold", ""): "does not depend on the threshold",
+        _lazy(
+            "rises = most > m + threshold", "rises = (most > m) & (most > m + threshold).any()"
+        ): "yours raises the m of others",
+        _lazy(
+            "rises = most > m + threshold", "rises = (most > m + threshold).any().expand(len(q))"
+        ): "yours raises the m of others",
         _lazy("risen += rises.sum().item()", "risen += len(q)"): "every m rises",
         _lazy("torch.zeros_like(q), 0", "torch.zeros_like(q), -len(q)"): "that counts",
         _lazy("most > m + threshold", "most > best + threshold"): "compare with m as it is",

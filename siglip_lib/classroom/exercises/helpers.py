@@ -72,16 +72,25 @@ def first_match(
     return None
 
 
+def source_tree(function: Callable) -> ast.Module | None:
+    """Return a function's source, parsed; None if it can't be seen."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
 def has_no_code(function: Callable) -> bool:
     """Whether nothing but an ellipsis or a docstring stands in a function; False if its source can't be seen."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    return isinstance(tree.body[0], ast.FunctionDef) and all(
-        isinstance(node, ast.Pass)
-        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-        for node in tree.body[0].body
+    tree = source_tree(function)
+    return (
+        tree is not None
+        and isinstance(tree.body[0], ast.FunctionDef)
+        and all(
+            isinstance(node, ast.Pass)
+            or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+            for node in tree.body[0].body
+        )
     )
 
 

@@ -108,7 +108,7 @@ def by_logits(answer) -> str | None:
 @exercise("09.3")
 def in_halves(answer) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(2, 8, 3, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(2, 16, 3, generator=generator, dtype=torch.float64)
     image, text = (F.normalize(x, dim=1).requires_grad_() for x in vectors)
     scalars = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (1.5, -1.0)]
     learned = image, text, *scalars
@@ -116,11 +116,13 @@ def in_halves(answer) -> str | None:
         found = answered(answer(*learned))
     if not is_tensor(found):
         return "the result must be the loss, a tensor of shape ()"
+    if found.dtype != torch.float64:
+        return f"the result has dtype {str(found.dtype).removeprefix('torch.')}; that of the vectors is float64"
     value = found.item()
 
     def part(i: int, j: int, ids: bool = True) -> float:
         x, y = image.chunk(2)[i], text.chunk(2)[j]
-        numbers = torch.arange(8).chunk(2)
+        numbers = torch.arange(16).chunk(2)
         given = (numbers[i], numbers[j]) if ids else ()
         return sigmoid_loss(x, y, *scalars, *given).item()
 
@@ -131,19 +133,21 @@ def in_halves(answer) -> str | None:
     without_ids = whole / 2, whole
     twice = tuple((half + 2 * other) / 2 for other in others)
     mistakes = {
-        "every call divides by 4 pictures, and the whole loss by 8: twice too large": crossed,
-        "half of what it must be: every call divides by 4 pictures, the whole loss by 8": quarter,
+        "every call divides by 8 pictures, and the whole loss by 16: twice too large": crossed,
+        "half of what it must be: every call divides by 8 pictures, the whole loss by 16": quarter,
         "the first pictures are never asked about the second texts, nor the second about the first": corners,
-        "without ids the first picture and the fifth text are taken to belong together": without_ids,
+        "without ids the first picture and the ninth text are taken to belong together": without_ids,
         "one pair of halves comes twice, and another never": twice,
     }
     right = sigmoid_loss(*learned)
     if not math.isclose(value, right.item(), rel_tol=1e-9):
         if reason := first_match(value, mistakes, near(1e-9)):
             return reason
-        return f"the loss of 8 pairs is {right:.6f}; you return {value:.6f}"
-    if made.most_elements >= 64:
+        return f"the loss of 16 pairs is {right:.6f}; you return {value:.6f}"
+    if made.most_elements >= 256:
         return "right, but the matrix of all pairs was formed: no call may see more than half of the pictures"
+    if made.most_elements > 64:
+        return "right, but a call saw more than one half of the pictures and one half of the texts"
     if not found.requires_grad:
         return "right, but no gradient can flow back from your result: keep it a tensor"
     gradients = torch.autograd.grad(found, learned, allow_unused=True)

@@ -75,25 +75,40 @@ def _balanced(scores: torch.Tensor, yes: torch.Tensor) -> float:
 
 @exercise("10.2")
 def recall_at(answer) -> str | None:
-    # ranks of the right answers: 1, 2, 3, and 2 by a tie
+    # ranks of the right answers: 1, 2, 3, and twice 2 by a tie, with the wrong one on either side
     similarity = torch.tensor(
-        [[0.9, 0.1, 0.3, 0.2], [0.5, 0.4, 0.1, 0.0], [0.5, 0.3, 0.2, 0.9], [0.1, 0.0, 0.2, 0.2]]
+        [
+            [0.9, 0.1, 0.3, 0.2],
+            [0.5, 0.4, 0.1, 0.0],
+            [0.5, 0.3, 0.2, 0.9],
+            [0.1, 0.0, 0.2, 0.2],
+            [0.1, 0.4, 0.4, 0.3],
+        ]
     )
-    right = torch.tensor([0, 1, 1, 3])
+    right = torch.tensor([0, 1, 1, 3, 1])
     before = similarity.clone()
     found = [number(answered(answer(similarity, right, k))) for k in (1, 2, 3)]
     if None in found:
         return "the result must be one number"
     if was_changed(similarity, before):
         return "your function changed the similarities"
-    if found == [0.5, 0.75, 1.0]:
+
+    def is_near(*shares: float) -> bool:
+        return all(abs(a - b) <= 1e-6 for a, b in zip(found, shares, strict=True))
+
+    if is_near(0.6, 0.8, 1.0):
         return "a wrong answer that is as similar as the right one must count as being before it"
-    if found == [0.0, 0.25, 0.75]:
+    if is_near(0.4, 0.8, 1.0):
+        return (
+            "of two that are equally similar yours takes the one whose column it meets first; "
+            "the wrong one must count as being before the right one, whichever column it has"
+        )
+    if is_near(0.0, 0.2, 0.8):
         return "the right answer itself counts as being before itself"
     if max(found) > 1:
         return "recall is a share between 0 and 1, not a number of queries or percent"
-    if any(abs(a - b) > 1e-6 for a, b in zip(found, (0.25, 0.75, 1.0), strict=True)):
-        return f"for ranks 1, 2, 3 and 2 your recall at 1, 2 and 3 is {found}; it must be [0.25, 0.75, 1.0]"
+    if not is_near(0.2, 0.8, 1.0):
+        return f"for ranks 1, 2, 3, 2 and 2 your recall at 1, 2 and 3 is {found}; it must be [0.2, 0.8, 1.0]"
     for bad in (math.nan, math.inf, -math.inf):
         for place in ((0, 0), (0, 2), (3, 1)):
             broken = similarity.clone()

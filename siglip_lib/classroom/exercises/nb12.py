@@ -3,12 +3,13 @@
 Every tensor is the beginning of a larger memory, so that a kernel that leaves its tensor is seen and breaks nothing.
 """
 
+import ast
 from collections.abc import Callable
 
 import torch
 
 from siglip_lib.classroom.exercises import Unanswered, answered, exercise
-from siglip_lib.classroom.exercises.helpers import Clock, first_match, has_no_code
+from siglip_lib.classroom.exercises.helpers import Clock, first_match, has_no_code, source_tree
 
 _MEMORY = 4096  # elements behind each pointer
 _GUARD = 7.0  # what stands there beyond the tensor
@@ -78,7 +79,33 @@ def row_mean_kernel(answer) -> str | None:
             return f"there are {rows} means, and more numbers were stored"
         if problem := _wrong_means(found[:rows], x, flat, block):
             return problem
+    if _leaves_masked_open(answer.fn):
+        return "the means are right by luck: what a masked place holds is open unless tl.load is given other=0.0"
     return None
+
+
+def _leaves_masked_open(function: Callable) -> bool:
+    """Whether a kernel has a load with a mask but no ``other``, and no tl.where; no memory shows it.
+
+    The interpreter, and a GPU as a rule, give zeros there. False if the source can't be seen.
+    """
+    if (tree := source_tree(function)) is None:
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    if any(_name(call) == "where" for call in calls):
+        return False
+    given = [
+        dict(zip(("pointer", "mask", "other"), call.args, strict=False))
+        | {word.arg: word.value for word in call.keywords}
+        for call in calls
+        if _name(call) == "load"
+    ]
+    return any("mask" in arguments and "other" not in arguments for arguments in given)
+
+
+def _name(call: ast.Call) -> str | None:
+    """``load`` of ``tl.load(...)`` and of ``load(...)``."""
+    return getattr(call.func, "attr", getattr(call.func, "id", None))
 
 
 def _wrong_means(

@@ -98,7 +98,8 @@ def lazy(answer) -> str | None:
         if not torch.allclose(found, (scale * q @ k.T).softmax(-1) @ v):
             return f"with the threshold {threshold} the output is not the softmax's: both sums are relative to m"
         if risen != _rises(scale * q @ k.T, block, threshold):
-            return _wrong_rises(scale * q @ k.T, block, threshold, risen)
+            beyond_all = number(answer(q.clone(), k.clone(), v.clone(), scale, block, 1e6)[1])
+            return _wrong_rises(scale * q @ k.T, block, threshold, risen, beyond_all)
     large = answer(400 * q, k, v, scale, block, 1)[0]
     if not torch.allclose(large, (400 * scale * q @ k.T).softmax(-1) @ v):
         return "right for small scores; with scores in the thousands the exponentials leave float64: subtract m first"
@@ -119,8 +120,14 @@ def _rises(
     return risen
 
 
-def _wrong_rises(scores: Tensor, block: int, threshold: float, risen: float) -> str:
+def _wrong_rises(
+    scores: Tensor, block: int, threshold: float, risen: float, beyond_all: float | None
+) -> str:
+    """What is wrong with a count; ``beyond_all`` is the count with a threshold that is above all scores."""
     shape = -(-scores.shape[1] // block)
+    unconditional = _rises(scores, block, 0), len(scores) * shape
+    if risen in unconditional and beyond_all == len(scores):
+        return "as soon as one query's score exceeds its m by more than the threshold, yours raises the m of others too"
     mistakes = {
         "m rises from -inf in the first block, and that counts": _rises(
             scores, block, threshold, start=False
