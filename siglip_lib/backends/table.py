@@ -216,9 +216,9 @@ class Backend:
     run_packed: Callable[[Tensor, float], Tensor] | None = None  # of qkv (B, N, 3, heads, head_dim)
 
 
-# The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, geometric means of 20
-# cases, forward and with backward, replayed from CUDA graphs. triton 5.04; cuDNN 4.97; flash-attn 3.36; sdpa 3.20, as
-# it chooses where cuDNN can't run; xformers 1.63 with the kernel that it has left without flash-attn. Which of the
+# The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, geometric means of 23
+# cases, forward and with backward, replayed from CUDA graphs. triton 5.21; cuDNN 5.13; flash-attn 3.47; sdpa 3.30, as
+# it chooses where cuDNN can't run; xformers 1.69 with the kernel that it has left without flash-attn. Which of the
 # first two leads depends on the case.
 BACKENDS = {
     "triton": Backend(
@@ -257,10 +257,11 @@ BACKENDS = {
 }
 
 # FLOP forward from which on attention is large: half of what one layer of SO400M takes for 8 pictures.
-# There, triton against cuDNN at head_dim 64, 72 and 80: 8 and 64 times 729 tokens, 2 to 9 % ahead forward and 7 to 13 %
-# with backward; 8 times 512, level; from 1024 tokens on, 2 to 7 % behind forward, within 2 % with backward; 64 times
-# 256, 7 to 9 % behind forward and with backward level or 4 % ahead. Smaller work waits for Python to launch it, which
-# replayed calls leave out; launched, triton loses there.
+# There, triton against cuDNN in notebook 04, at head_dim 64, 72 and 80: 8 and 64 times 729 tokens, 1 to 9 % ahead
+# forward and 8 to 13 % with backward. At 72 alone: 8 times 512, level; 8 times 1024 to 4096, 3 to 4 % behind forward,
+# within 2 % with backward; 64 times 256, 8 % behind forward and with backward level. (At 96, which this rule leaves to
+# cuDNN, 8 and 64 times 729: 4 to 6 % ahead.) Smaller work waits for Python to launch it, which replayed calls leave
+# out; launched, triton's median is the larger one there.
 LARGE = 10e9
 # tokens from which on cuDNN is asked before triton
 LONG = 1024

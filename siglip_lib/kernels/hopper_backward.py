@@ -43,7 +43,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip_lib.base.operators import operators_of, register_operator
 from siglip_lib.kernels import flash_attention
-from siglip_lib.kernels.hopper_attention import (
+from siglip_lib.kernels.hopper_parts import (
     _MAIN,
     _PRODUCER_REGISTERS,
     _ROWS,
