@@ -147,7 +147,7 @@ def attend(
         k: keys, as q.
         v: values, as q.
         backend: ``auto`` for the first that can run, or one of ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``,
-            ``xformers``, ``eager``.
+            ``xformers``, ``eager``, ``hopper``.
         dropout: probability in [0, 1) of dropping an attention weight; applied whenever it is not zero.
         deterministic: the same bits on every run, backward pass included; backends that can't promise it are out.
         scale: factor of the scores, any finite number; ``head_dim ** -0.5`` if None.

@@ -242,7 +242,7 @@ BACKENDS = {
     "eager": Backend(
         _eager, _needs_floats, lambda _: "matmul, softmax, matmul", sure=("meta", "cpu", "cuda")
     ),
-    # behind eager, which always runs: auto does not take it before it has been measured
+    # behind eager, which always runs: auto does not take it before notebook 04 has timed it
     "hopper": Backend(
         _hopper,
         _why_not_hopper,
