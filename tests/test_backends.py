@@ -267,9 +267,10 @@ def test_hopper_takes_its_own_gpu_alone(capability, pretended_gpu, monkeypatch):
     assert found["hopper"].reason == "needs a GPU of compute capability 9.0 (Hopper)"
 
 
-def test_hopper_is_never_chosen_unasked(pretended_gpu, monkeypatch):
+def test_hopper_is_chosen_where_attention_is_large(pretended_gpu, monkeypatch):
     monkeypatch.setattr(trials, "_try", lambda *_: None)
-    assert choose_backend("auto", pretended_gpu, torch.bfloat16, 72) == "triton"
+    assert choose_backend("auto", pretended_gpu, torch.bfloat16, 72) == "hopper"
+    assert choose_backend("auto", pretended_gpu, torch.bfloat16, 72, large=False) == "cudnn"
     assert choose_backend("hopper", pretended_gpu, torch.bfloat16, 72) == "hopper"
     with pytest.raises(ValueError, match="head_dim of 64, 72, 80, 96, 128, not 48"):
         choose_backend("hopper", pretended_gpu, torch.bfloat16, 48)
@@ -803,7 +804,10 @@ def test_scales_that_are_not_finite(scale):
         ({"tokens": 16_385}, "needs at most 16,384 tokens"),
     ],
 )
-def test_auto_passes_over_triton_where_its_kernel_refuses(options, reason, pretended_gpu):
+def test_auto_passes_over_triton_where_its_kernel_refuses(
+    options, reason, pretended_gpu, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     arguments = (pretended_gpu, torch.float16, 64)
     assert attention_backends(*arguments, **options)["triton"].reason == reason
     with FakeTensorMode():  # nothing is tried
