@@ -270,7 +270,6 @@ def test_hopper_takes_its_own_gpu_alone(capability, pretended_gpu, monkeypatch):
 def test_hopper_is_chosen_where_attention_is_large(pretended_gpu, monkeypatch):
     monkeypatch.setattr(trials, "_try", lambda *_: None)
     assert choose_backend("auto", pretended_gpu, torch.bfloat16, 72) == "hopper"
-    assert choose_backend("auto", pretended_gpu, torch.bfloat16, 72, large=False) == "cudnn"
     assert choose_backend("hopper", pretended_gpu, torch.bfloat16, 72) == "hopper"
     with pytest.raises(ValueError, match="head_dim of 64, 72, 80, 96, 128, not 48"):
         choose_backend("hopper", pretended_gpu, torch.bfloat16, 48)
