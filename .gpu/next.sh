@@ -10,7 +10,7 @@ case $1 in
 2) $P 1 $T/losses1.json > $L/losses1.log 2>&1; $P gpu $T/losses2.json > $L/losses2.log 2>&1; say losses
    one() { half 0 0-15; f 02 220; f 05 220; }; two() { half 1 16-31; f 08 300; f 04 200; };;
 3) f 14 150  # sees both GPUs
-   one() { half 0 0-15; for n in 04 10 12 14 16; do lab $n; done; }; two() { half 1 16-31; for n in 09 11 13 15 03; do lab $n; done; };;
+   one() { half 0 0-15; for n in 04 10 12 14 16; do lab $n 300; done; }; two() { half 1 16-31; for n in 09 11 13 15 03; do lab $n 300; done; };;
 4) one() { half 0 0-15; for n in 03 08 14; do nb $n & done; wait; }; two() { half 1 16-31; for n in 04 10 15 16; do nb $n & done; wait; }; after() { f 00 90; lab 00; };;
 esac
 one & two & wait; [ $1 = 4 ] && CUDA_VISIBLE_DEVICES=0 after; pack; say end
