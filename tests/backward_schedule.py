@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siglip_lib.classroom.hopper_schedule import Costs
 from siglip_lib.classroom.schedule import (
     Arrive,
     Barrier,
@@ -25,12 +26,7 @@ from siglip_lib.classroom.schedule import (
     run,
 )
 
-COPY, SCORES, SUMS, EXPONENTIALS = (
-    320,
-    160,
-    144,
-    256,
-)  # cycles at head_dim 72, as hopper_schedule counts them
+COSTS = Costs()  # of a product with the sums as of one with the values
 
 
 class Pass:
@@ -95,14 +91,14 @@ class Pass:
                 yield Arrive(self.own_full[here], copies=2)
                 for x, place in zip(self.own, self.owned, strict=True):
                     rows = self.cut(x[pair], row + i * self.rows, self.rows)
-                    yield Copy(rows, place[here], self.own_full[here], COPY)
+                    yield Copy(rows, place[here], self.own_full[here], COSTS.copy)
             for block in reversed(range(self.blocks)):
                 first = block * self.block
                 yield Wait(self.empty[stage], phase)
                 yield Arrive(self.full[stage], copies=2 + self.keys)
                 for x, place in zip(self.read, self.ring, strict=True):
                     rows = self.cut(x[pair], first, self.block)
-                    yield Copy(rows, place[stage], self.full[stage], COPY)
+                    yield Copy(rows, place[stage], self.full[stage], COSTS.copy)
                 if self.keys:
                     both = torch.stack([self.lse[pair], self.delta[pair]])
                     both = both[:, first : first + self.block]
@@ -155,7 +151,7 @@ class Pass:
                 zip(self.outs, (self.plain_scale, 1.0), strict=False)
             ):
                 to = out[pair, row : row + self.rows]
-                yield Store(sums[i].value * factor, self.owned[i][here], to, COPY)
+                yield Store(sums[i].value * factor, self.owned[i][here], to, COSTS.copy)
         yield Finish(Store)
 
     def release(self, turn: int, other: int) -> Generator:
@@ -171,7 +167,7 @@ class Pass:
         return (s, dp), start ^ 1
 
     def score(self, which: int, here: int, stage: int, width: int) -> Generator:
-        sums, cycles = Sums(), SCORES * width / self.block
+        sums, cycles = Sums(), COSTS.scores * width / self.block
         own, read = self.owned[which][here], self.ring[which][stage]
         yield Product(own, read, slice(0, width), sums, cycles, transposed=True)
         return sums
@@ -189,12 +185,12 @@ class Pass:
                 F.pad(x[pair, rows], (0, self.rows - len(x[pair, rows])), value=value)[:, None]
                 for x, value in ((self.lse, math.inf), (self.delta, 0.0))
             )
-        yield Exponentials(EXPONENTIALS * width / self.block)
+        yield Exponentials(COSTS.exponentials * width / self.block)
         p = torch.exp2(s * self.scale - lse)
         ds = p * (dp - delta)
         if self.starts:
             yield Wait(self.starts[index], start)
-        cycles = SUMS * width / self.block
+        cycles = COSTS.values * width / self.block
         if self.keys:
             yield Product(p, self.ring[1][stage], slice(0, width), sums[1], cycles)
         yield Product(ds, self.ring[0][stage], slice(0, width), sums[0], cycles)

@@ -257,6 +257,7 @@ def test_each_answer_is_the_name_of_what_stands_there(tokenizer):
         ((scenes, concept),) = draw.scenes(3)
         assert scenes.shape == (32 // grid**2, 3, 64, 64)
         assert_close(batch["thumbnail"], scenes)
+        assert (batch["prompts"][:, -1] != EOS).all()  # an answer begins right after the last word
         asked_for = tokenizer.decode(batch["prompts"])
         asked_of = [
             (i, questions(grid).index(text))

@@ -109,21 +109,21 @@ def flash_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 
 class _OfParts(torch.autograd.Function):
-    """An operator on the tensor that q, k and v lie in; their gradients lie in one, too."""
+    """Operators, of both passes, on the tensor that q, k and v lie in; their gradients lie in one, too."""
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, operator):
-        out, lse = operator(_whole(q), scale)
+    def forward(ctx, q, k, v, scale, forward, backward):
+        out, lse = forward(_whole(q), scale)
         ctx.save_for_backward(q, k, v, out, lse)  # k and v so that a change in place is noticed
-        ctx.scale = scale
+        ctx.scale, ctx.operator = scale, backward
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
         q, _, _, out, lse = ctx.saved_tensors
-        backward = torch.ops.siglip_lib.flash_attention_backward
-        return *backward(d_out, _whole(q), out, lse, ctx.scale).unbind(2), None, None
+        d_qkv = ctx.operator(d_out, _whole(q), out, lse, ctx.scale)
+        return *d_qkv.unbind(2), None, None, None
 
 
 def _whole(q: Tensor) -> Tensor:
@@ -134,7 +134,9 @@ def _whole(q: Tensor) -> Tensor:
 
 def flash_attention_of_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """As ``flash_attention``, of the three parts (B, N, heads, head_dim) of a packed tensor; the caller has checked."""
-    return _OfParts.apply(q, k, v, scale, torch.ops.siglip_lib.flash_attention)
+    operators = torch.ops.siglip_lib
+    both = operators.flash_attention, operators.flash_attention_backward
+    return _OfParts.apply(q, k, v, scale, *both)
 
 
 # --- forward ---

@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from siglip_lib.base.checks import check_tensor, finite
-from siglip_lib.base.offers import why_not_our_kernel
+from siglip_lib.base.offers import HOPPER, why_not_our_kernel
 from siglip_lib.base.operators import operators_of, register_operator
 from siglip_lib.kernels import (
     flash_attention,
@@ -63,7 +63,6 @@ from siglip_lib.kernels.hopper_parts import (
     descriptors,
 )
 
-_HOPPER = (9, 0)
 _AT_ONCE = 32  # blocks whose lse are looked at together
 _LARGEST_SUM = gl.constexpr(2.0**64)  # with values up to 2**63 no product overflows
 
@@ -457,7 +456,7 @@ def constants_of(
 
 def redo_constants(dim: int, heads: int, tokens: int) -> dict[str, int | bool]:
     """Return what the second kernel is compiled with, beside its arguments."""
-    constants = flash_attention.constants_of("forward", dim, heads, tokens, _HOPPER)
+    constants = flash_attention.constants_of("forward", dim, heads, tokens, HOPPER)
     return constants | dict(AT_ONCE=_AT_ONCE)
 
 
@@ -539,7 +538,7 @@ def hopper_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     )
     if not qkv.is_contiguous():
         raise ValueError(f"qkv has strides {qkv.stride()}; it must be contiguous: qkv.contiguous()")
-    if not qkv.is_cuda or flash_attention._capability(qkv.get_device()) != _HOPPER:
+    if not qkv.is_cuda or flash_attention._capability(qkv.get_device()) != HOPPER:
         raise ValueError(
             f"qkv is on {qkv.device}; the kernel needs a GPU of compute capability 9.0 (Hopper)"
         )
@@ -552,5 +551,6 @@ def hopper_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 def hopper_attention_of_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """As ``hopper_attention``, of the parts (B, N, heads, head_dim) of a packed tensor; the caller has checked."""
-    operator = torch.ops.siglip_lib.hopper_attention
-    return flash_attention._OfParts.apply(q, k, v, scale, operator)
+    operators = torch.ops.siglip_lib
+    both = operators.hopper_attention, operators.hopper_attention_backward
+    return flash_attention._OfParts.apply(q, k, v, scale, *both)

@@ -13,9 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-_ROWS = gl.constexpr(
-    64
-)  # queries of a consumer, and keys of a block: the rows of a product of the tensor cores
+# queries of a consumer, and keys of a block: the rows of a product of the tensor cores
+_ROWS = gl.constexpr(64)
 _MAIN = gl.constexpr(64)  # channels in the main part of a head; the others are the rest
 _PRODUCER_REGISTERS = 24  # the fewest that a warpgroup may have
 
