@@ -278,4 +278,60 @@ def start_and_rate(call):
     return small - k * 256**2, k
 """,
     ],
+    "16.1": [
+        """
+def mended(ring, tiles):
+    stages, number = len(ring.full), 0
+    for blocks in tiles:
+        for block in blocks:
+            stage, turn = number % stages, number // stages
+            yield Wait(ring.empty[stage], (turn + 1) % 2)
+            yield Arrive(ring.full[stage], copies=1)
+            yield Copy(block, ring.buffers[stage], ring.full[stage], 50)
+            number += 1
+""",
+        """
+def mended(ring, tiles):
+    blocks = [block for tile in tiles for block in tile]
+    places = list(zip(ring.empty, ring.full, ring.buffers))
+    for number, block in enumerate(blocks):
+        empty, full, buffer = places[number % len(places)]
+        yield Wait(empty, 1 - number // len(places) % 2)
+        yield Copy(block, buffer, full, 100)
+        yield Arrive(full, copies=1)
+""",
+    ],
+    "16.2": [
+        """
+def stages(dim, consumers, busy):
+    block = 64 * 2 * {64: 64, 72: 80, 80: 80, 96: 96, 128: 128}[dim]
+    most = 2
+    while 2 * consumers * block + (most + 1) * 2 * block + 1024 <= 227 * 1024:
+        most += 1
+    least = most
+    for n in range(most, 1, -1):
+        if busy(n) > busy(most) - 0.01:
+            least = n
+    return torch.tensor([least, most])
+""",
+    ],
+    "16.3": [
+        """
+def tail_mask(tokens):
+    last = tokens % 64 or 64
+    width = next(w for w in (16, 32, 64) if w >= last)
+    return torch.cat([torch.zeros(last), torch.full((width - last,), -math.inf)]).double()
+""",
+    ],
+    "16.4": [
+        """
+def registers(dim, consumers, ahead):
+    scores, weights, output = 64 * 64 / 128, 64 * 64 / 2 / 128, 64 * dim / 128
+    threads = 128 * (consumers + 1)
+    start = max(n for n in range(8, 257, 8) if n * threads <= 65_536)
+    left = start * threads - 24 * 128
+    gets = max(n for n in range(8, 257, 8) if n * 128 * consumers <= left)
+    return [scores * (2 if ahead else 1) + weights + output + 28, gets]
+""",
+    ],
 }

@@ -267,9 +267,9 @@ def test_hopper_takes_its_own_gpu_alone(capability, pretended_gpu, monkeypatch):
     assert found["hopper"].reason == "needs a GPU of compute capability 9.0 (Hopper)"
 
 
-def test_hopper_is_never_chosen_unasked(pretended_gpu, monkeypatch):
+def test_hopper_is_chosen_where_attention_is_large(pretended_gpu, monkeypatch):
     monkeypatch.setattr(trials, "_try", lambda *_: None)
-    assert choose_backend("auto", pretended_gpu, torch.bfloat16, 72) == "triton"
+    assert choose_backend("auto", pretended_gpu, torch.bfloat16, 72) == "hopper"
     assert choose_backend("hopper", pretended_gpu, torch.bfloat16, 72) == "hopper"
     with pytest.raises(ValueError, match="head_dim of 64, 72, 80, 96, 128, not 48"):
         choose_backend("hopper", pretended_gpu, torch.bfloat16, 48)
@@ -293,13 +293,37 @@ def test_triton_takes_no_dropout_and_no_parts_from_here_and_there(pretended_gpu)
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "large", "first"),
-    [(64, True, "triton"), (72, True, "triton"), (72, False, "cudnn"), (128, True, "cudnn")],
+    ("head_dim", "large", "long", "first"),
+    [
+        (64, True, False, "triton"),
+        (72, True, False, "triton"),
+        (72, True, True, "cudnn"),
+        (72, False, False, "cudnn"),
+        (128, True, False, "cudnn"),
+    ],
 )
-def test_which_auto_prefers(head_dim, large, first):
-    found = list(attention_backends("cpu", torch.float32, head_dim, large=large))
+def test_which_auto_prefers(head_dim, large, long, first):
+    found = list(attention_backends("cpu", torch.float32, head_dim, large=large, long=long))
     assert found[0] == first
     assert found[1:] == [name for name in NAMES if name != first]
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "work", "first"),
+    [
+        ((9, 0), 72, {}, ["hopper", "triton"]),
+        ((9, 0), 72, {"long": True}, ["hopper", "cudnn"]),
+        ((9, 0), 128, {}, ["hopper", "cudnn"]),
+        ((9, 0), 72, {"large": False}, ["cudnn"]),
+        ((9, 0), 72, {"packed": False}, ["triton"]),
+        ((10, 0), 72, {}, ["triton"]),
+        ((8, 0), 72, {"long": True}, ["cudnn"]),
+    ],
+)
+def test_which_auto_prefers_on_a_gpu(capability, head_dim, work, first, pretended_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = list(attention_backends(pretended_gpu, torch.bfloat16, head_dim, **work))
+    assert found == [*first, *(name for name in NAMES if name not in first)]
 
 
 def test_packed_is_the_same_as_its_parts(device):
@@ -338,7 +362,7 @@ def test_what_lies_packed(gpu):
         (8, 512, 72, False),  # 9.7e9 FLOP, level
         (1, 729, 80, False),
         (64, 1023, 72, True),
-        (64, 1024, 72, False),
+        (64, 1024, 72, True),
     ],
 )
 def test_what_is_large(batch, tokens, head_dim, large):
@@ -779,7 +803,10 @@ def test_scales_that_are_not_finite(scale):
         ({"tokens": 16_385}, "needs at most 16,384 tokens"),
     ],
 )
-def test_auto_passes_over_triton_where_its_kernel_refuses(options, reason, pretended_gpu):
+def test_auto_passes_over_triton_where_its_kernel_refuses(
+    options, reason, pretended_gpu, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     arguments = (pretended_gpu, torch.float16, 64)
     assert attention_backends(*arguments, **options)["triton"].reason == reason
     with FakeTensorMode():  # nothing is tried

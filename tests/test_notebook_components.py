@@ -6,11 +6,16 @@ import pytest
 import torch
 from comparing import assert_close, outputs_and_gradients, randomized
 from notebook_files import PATHS, definitions, exercises, read, run, setup_source
+from PIL import Image
 from torch import nn
 
 import siglip_lib
+from siglip_lib import vl
 from siglip_lib.evaluate.heads import mean_ablation, own_object_share
 from siglip_lib.siglip.loss_block import sigmoid_loss_block
+from siglip_lib.train.captioning import Captioner
+from siglip_lib.train.questions import cut_scenes
+from siglip_lib.vl.language_model import rotate
 
 pytest.importorskip("triton")
 from siglip_lib.kernels.flash_attention import flash_attention
@@ -50,6 +55,16 @@ FUNCTIONS = {
     "12": ["my_fused_residual", "my_truncated_draws"],
     "13": ["my_attention", "my_dq", "my_dk_dv"],
     "14": ["my_ring"],
+    "15": [
+        "my_choice",
+        "my_tiles",
+        "MyAdaptor",
+        "my_lay_out",
+        "my_rotation",
+        "my_writing",
+        "MyCaptioner",
+        "my_cut",
+    ],
 }
 
 
@@ -302,6 +317,74 @@ def test_ring_equals_the_librarys_loss_of_the_whole_batch(world):
     wanted = loss.detach(), *torch.autograd.grad(loss, learned)
     found = torch.stack(losses).mean(), *(torch.cat(x) / world for x in gradients)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (64, 64), (31, 200)])
+def test_tiles_equal_the_librarys(size):
+    own = notebooks_own("15", "my_choice", "my_tiles")
+    pixels = torch.randint(256, (*size, 3), dtype=torch.uint8).numpy()
+    picture, candidates = Image.fromarray(pixels), vl.candidate_resolutions(32)
+    assert own["my_choice"](size, candidates) == vl.choose_resolution(size, candidates)
+    mine = own["my_tiles"](picture, candidates, 32)
+    torch.testing.assert_close(mine, vl.tile_picture(picture, size=32).tiles)
+
+
+@pytest.mark.parametrize("grid", [(2, 4), (3, 5), (1, 1)])
+def test_adaptor_equals_the_librarys(grid):
+    mine = notebooks_own("15", "MyAdaptor")["MyAdaptor"](6, 5).double()
+    library = vl.Adaptor(6, 5).double()
+    mine.load_state_dict(randomized(library).state_dict(), strict=True)
+    x = torch.randn(2, grid[0] * grid[1], 6, dtype=torch.float64)
+    found = []
+    for adaptor in (mine, library):
+        y = adaptor(x, grid)
+        gradients = torch.autograd.grad(y.square().sum(), [*adaptor.parameters()])
+        found.append({str(i): tensor for i, tensor in enumerate((y.detach(), *gradients))})
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (3, 1)])
+def test_layout_equals_the_librarys(grid):
+    my_lay_out = notebooks_own("15", "my_lay_out")["my_lay_out"]
+    thumbnail, tiles = torch.randn(3, 4, 5), torch.randn(grid[0] * grid[1], 3, 4, 5)
+    vectors = torch.randn(2, 5)
+    library = vl.lay_out(thumbnail[None], tiles[None], grid, *vectors)[0]
+    assert torch.equal(my_lay_out(thumbnail, tiles, grid, *vectors), library)
+
+
+def test_rotation_equals_the_librarys():
+    my_rotation = notebooks_own("15", "my_rotation")["my_rotation"]
+    x = torch.randn(2, 300, 3, 8)
+    for first in (0, 7):
+        torch.testing.assert_close(my_rotation(x, first), rotate(x, first), atol=1e-4, rtol=0)
+
+
+def test_captioner_equals_the_librarys():
+    own = notebooks_own("15", "my_writing", "MyCaptioner", "my_cut")
+    sizes = dict(vocab_size=9, width=16, depth=2, num_heads=2)
+    tower = siglip_lib.VisionTransformer(
+        64, 16, embed_dim=8, depth=1, num_heads=2, class_token=False, global_pool="map", num_classes=0
+    )  # fmt: skip
+    library = randomized(Captioner(tower, **sizes))
+    mine = own["MyCaptioner"](tower, **sizes)
+    mine.load_state_dict(library.state_dict(), strict=True)
+    scenes, about = torch.randn(3, 3, 256, 256), torch.tensor([2, 0, 2, 1])
+    thumbnail, tiles = cut_scenes(scenes, 2)
+    torch.testing.assert_close(torch.stack([own["my_cut"](scene, 2) for scene in scenes]), tiles)
+    answers = torch.tensor([[3, 4, 1, 1], [2, 1, 1, 1], [5, 6, 7, 1], [8, 8, 8, 8]])
+    found = []
+    for captioner in (mine, library):
+        prompts = torch.ones(4, 5, dtype=torch.int64)
+        loss = captioner(prompts, answers, thumbnail, tiles, (2, 2), about)
+        learned = {n: p for n, p in captioner.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(loss, [*learned.values()])
+        found.append(dict(zip(learned, gradients, strict=True)) | {"loss": loss.detach()})
+    assert_close(*found)
+    before = torch.randn(20, 6, 16)
+    written = library.language.write(before, 12)
+    again = own["my_writing"](mine.language, before, 12)
+    assert torch.equal(again[:, : written.shape[1]], written)
+    assert (again[:, written.shape[1] :] == 1).all()
 
 
 def test_every_component_that_a_notebook_builds_is_compared():

@@ -3,15 +3,17 @@
 python -m siglip_lib.launch 4 tools/speed_many_gpus.py --json many4.json     # all parts: a few minutes
 python -m siglip_lib.launch gpu tools/speed_many_gpus.py loss bandwidth      # some of them: these take a minute
 
-    loss       the ring beside its contenders: distance from float64; time and memory of forward and backward, measured
-               in turns; with several GPUs what travels while something is computed
+    loss       the ring beside its contenders and two controls: distance from float64; time and memory of forward and
+               backward, measured in turns, with each round's ratio to the ring; with several GPUs what travels while
+               something is computed
     tower      SO400M at 384 px, a training step with DDP and with FSDP2, a block a unit
     bandwidth  of an all-reduce, and of a ring of sends
     largest    pairs a GPU, doubled until memory or patience ends
     emoji      the emoji SigLIP: with N processes N times the batch in 1/N of the steps; its recall, and the seconds
     overlap    what travels while something is computed, in both training steps
 
-``--small`` tries it on a CPU.
+NVLink's multicast is off (NCCL_NVLS_ENABLE=0) for all that is measured, unless the environment says otherwise: what
+others on the machine do could disturb it, or be disturbed. ``--small`` tries it on a CPU.
 """
 
 import argparse
@@ -19,10 +21,11 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -37,6 +40,7 @@ from train_emoji64 import shares
 from siglip_lib import create_siglip_vit, device_report, measure_together
 from siglip_lib.data.emoji64 import load_emoji64, split
 from siglip_lib.launch import meeting
+from siglip_lib.siglip import gathered_loss, ring_loss
 from siglip_lib.siglip.folder import EMOJI64_SIGLIP, EMOJI64_WEIGHTS
 from siglip_lib.siglip.gathered_loss import chunked_sigmoid_loss, gathered_sigmoid_loss
 from siglip_lib.siglip.losses import sigmoid_loss, softmax_loss
@@ -52,6 +56,7 @@ from siglip_lib.train.training import Training
 PATIENCE_S = 20.0  # of one call in `largest`
 GIB = 2**30
 STEPS = 5  # of a profile, one after the other
+PROFILES = 7  # of which the one is told that the profiler disturbed least
 
 PARALLEL = ("DDP", "FSDP2")
 LOSSES = {
@@ -61,10 +66,33 @@ LOSSES = {
     "softmax over the ring": ring_softmax_loss,
 }
 WIDEST = max(map(len, LOSSES))  # of their names, which stand one below the other
+_compiled = torch.compile(gathered_loss.loss_against_all, fullgraph=True, dynamic=False)
+
+
+def waiting_ring_loss(*arguments: Tensor) -> Tensor:
+    """The ring, but each message has arrived before a block is computed: what it gains by doing both at once."""
+    begin = ring_loss._pass_on
+
+    def pass_on(*parcels: object) -> list[dist.Work]:
+        for work in begin(*parcels):
+            work.wait()
+        return []
+
+    with patch.object(ring_loss, "_pass_on", pass_on):
+        return ring_sigmoid_loss(*arguments)
+
+
+def compiled_gathered_loss(*arguments: Tensor) -> Tensor:
+    """The gathered form with its passes over the logits fused, as torch.compile does it."""
+    with patch.object(gathered_loss, "loss_against_all", _compiled):
+        return gathered_sigmoid_loss(*arguments)
+
+
+CONTROLS = {"ring, waiting": waiting_ring_loss, "gathered, compiled": compiled_gathered_loss}
 
 
 def main() -> None:
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast: the machine may be shared
+    multicast = os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,8 +109,11 @@ def main() -> None:
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=60), **meeting())
-    say(device_report(device) + f"\nprocesses: {dist.get_world_size()}")
+    say(
+        f"{device_report(device)}\nprocesses: {dist.get_world_size()}, NCCL_NVLS_ENABLE={multicast}"
+    )
     figures = {"device": device_report(device), "processes": dist.get_world_size()}
+    figures["nccl_nvls_enable"] = multicast
     for name in given.parts or parts:
         say(f"\n{name}")
         figures[name] = parts[name](device, given.small)
@@ -96,7 +127,8 @@ def main() -> None:
 
 def loss(device: torch.device, small: bool) -> dict:
     found = {}
-    for name, function in LOSSES.items():
+    functions = LOSSES | CONTROLS
+    for name, function in functions.items():
         found[name] = {"distance": distances(function, device)}
         say(
             f"{name:{WIDEST}} distance of loss and gradients from float64: {found[name]['distance']}"
@@ -105,22 +137,26 @@ def loss(device: torch.device, small: bool) -> dict:
     batches = {"a GPU": each, "in all": 2 * each // dist.get_world_size()}
     for batch, pairs in batches.items():
         if batch == "in all" and pairs == each:
-            for name in LOSSES:
+            for name in functions:
                 found[name][batch] = found[name]["a GPU"]
             say(f"{2 * each} pairs in all: the same")
             continue
         arguments = draw(pairs, width, torch.bfloat16, device)
-        calls = {name: partial(forward_backward, f, arguments) for name, f in LOSSES.items()}
+        calls = {name: partial(forward_backward, f, arguments) for name, f in functions.items()}
         for call in calls.values():  # kernels are compiled, and the libraries have their workspaces
             call()
         dist.barrier()
-        for name, timing in measure_together(calls, device, warmup=5).items():
+        timings = measure_together(calls, device, warmup=5)
+        # of each round, whose calls all ranks make in the same order
+        rounds = {name: worst_of_each(timing.times_ms) for name, timing in timings.items()}
+        for name, timing in timings.items():
             found[name][batch] = {
                 "pairs_per_gpu": pairs,
                 "ms": worst(timing.median_ms),
                 "fastest_ms": worst(timing.fastest_ms),
                 "slowest_ms": worst(timing.slowest_ms),
                 "peak_gib": worst((timing.peak_bytes or 0) / GIB),
+                "ratios": ratios(rounds[name], rounds["ring"]),
             }
             say(
                 f"{name:{WIDEST}} {pairs} pairs a GPU, width {width}, bfloat16: {line(found[name][batch])}"
@@ -295,11 +331,13 @@ def overlap(device: torch.device, small: bool) -> dict:
 
 
 def travel(call: Callable[[], object], device: torch.device) -> dict:
-    """What of several calls, one after the other, is sent while something is computed; a call's time with and without
-    the profiler, which says whether what it saw is representative.
+    """What of several calls, one after the other, is sent while something is computed, on each rank; a call's time
+    with and without the profiler, which says whether what it saw is representative.
 
     The profile is a light one, of the GPU's kernels alone, and nothing waits between the calls: so the GPU has a queue
-    of work as it has without a profiler. On a CPU the calls are made and nothing is found.
+    of work as it has without a profiler. Profiles and calls without one take turns, and one profile is told, see
+    ``nearest``: the same one of all ranks, as a time is that of the slowest. On a CPU the calls are made and nothing is
+    found.
     """  # fmt: skip
     if device.type != "cuda":
         for _ in range(2 * STEPS):
@@ -315,28 +353,48 @@ def travel(call: Callable[[], object], device: torch.device) -> dict:
             call()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / STEPS
+        return worst(start.elapsed_time(end) / STEPS)
 
-    calls()
-    alone = calls()
-    with profile(activities=[ProfilerActivity.CUDA]) as watched:
-        seen = calls()
-    kernels = [
-        (e.time_range.start / 1e3, e.time_range.end / 1e3, "nccl" in e.name)
-        for e in watched.events()
-        if e.device_type == torch.autograd.DeviceType.CUDA
-    ]
-    return {"ms_without_profiler": worst(alone), "ms_with_profiler": worst(seen)} | together(
-        kernels
-    )
+    def profiled() -> tuple[float, dict]:
+        with profile(activities=[ProfilerActivity.CUDA]) as watched:
+            ms = calls()
+        kernels = [
+            (e.time_range.start / 1e3, e.time_range.end / 1e3, "nccl" in e.name)
+            for e in watched.events()
+            if e.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        return ms, together(kernels)
+
+    profiled()  # the first one of a process also prepares the profiler
+    turns = [(calls(), profiled()) for _ in range(PROFILES)]
+    times, mine = nearest(*zip(*turns, strict=True))
+    ranks = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(ranks, mine)
+    return times | {"ranks": ranks}
+
+
+def nearest(
+    alone: Sequence[float], profiles: Sequence[tuple[float, dict]]
+) -> tuple[dict[str, float], dict]:
+    """Of profiles, each with its time, both times and the one whose time is nearest to the median without a profiler.
+
+    Its ``hidden_range`` has the least and the largest share that any of them saw hidden.
+    """
+    median = statistics.median(alone)
+    ms, found = min(profiles, key=lambda one: abs(one[0] - median))
+    shares = [seen["hidden"] for _, seen in profiles]
+    times = {"ms_without_profiler": median, "ms_with_profiler": ms}
+    return times, found | {"hidden_range": [min(shares), max(shares)]}
 
 
 def say_travel(name: str, found: dict) -> None:
-    if "hidden" in found:
+    for rank, seen in enumerate(found.get("ranks", [])):
         times = f"{found['ms_without_profiler']:.2f} ms, with the profiler {found['ms_with_profiler']:.2f}"
+        least, most = seen["hidden_range"]
         say(
-            f"{name:{WIDEST}} {times}: sending and receiving {found['travelling_ms']:.2f}, "
-            f"{found['hidden']:z.0%} of it while something is computed"
+            f"{name:{WIDEST}} {times}: rank {rank} sends and receives for {seen['travelling_ms']:.2f}, "
+            f"{seen['hidden']:z.0%} of it ({least:z.0%} to {most:z.0%} in {PROFILES} profiles) "
+            "while something is computed"
         )
 
 
@@ -348,18 +406,19 @@ def together(kernels: list[tuple[float, float, bool]]) -> dict:
     if not kernels:
         return {}
     first = min(start for start, _, _ in kernels)
-    apart = {
-        kind: merged([(a - first, b - first) for a, b, sends in kernels if sends == kind])
+    each = {
+        kind: sorted((a - first, b - first) for a, b, sends in kernels if sends == kind)
         for kind in (True, False)
     }
+    apart = {kind: merged(some) for kind, some in each.items()}
     length = {kind: sum(b - a for a, b in some) for kind, some in apart.items()}
     both = merged(apart[True] + apart[False])
     end = max(b for _, b in both) / STEPS
     shared = sum(length.values()) - sum(b - a for a, b in both)
-    # for a picture: gaps that it would not show are closed
+    # for a picture: of each kind the first call's kernels come first; gaps that it would not show are closed
     lines = {
-        name: [[round(a, 3), round(b, 3)] for a, b in merged(apart[kind], end / 500) if a < end]
-        for name, kind in (("travelling", True), ("computing", False))
+        name: [[round(a, 3), round(b, 3)] for a, b in merged(some[: len(some) // STEPS], end / 500)]
+        for name, some in (("travelling", each[True]), ("computing", each[False]))
     }
     return {
         "ms": end,
@@ -484,16 +543,30 @@ def timed(call: Callable[[], object], device: torch.device, whole: bool = False)
 
 def worst(value: float) -> float:
     """The largest of all ranks' values."""
-    largest = torch.tensor(float(value), dtype=torch.float64)
+    return worst_of_each([value])[0]
+
+
+def worst_of_each(values: Sequence[float]) -> list[float]:
+    """Of each of several values the largest of all ranks."""
+    largest = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.item()
+    return largest.tolist()
+
+
+def ratios(times: Sequence[float], ring: Sequence[float]) -> list[float]:
+    """Of each round a form's time over the ring's."""
+    return [round(a / b, 4) for a, b in zip(times, ring, strict=True)]
 
 
 def line(found: dict) -> str:
-    return (
+    words = (
         f"{found['ms']:.2f} ms ({found['fastest_ms']:.2f} to {found['slowest_ms']:.2f}), "
         f"{found['peak_gib']:.2f} GiB"
     )
+    if by_rounds := found.get("ratios"):
+        middle, slower = statistics.median(by_rounds), sum(ratio > 1 for ratio in by_rounds)
+        words += f"; of the ring's time {middle:.3f}, slower in {slower} of {len(by_rounds)} rounds"
+    return words
 
 
 def synchronize(device: torch.device) -> None:

@@ -28,6 +28,7 @@ def attention_backends(
     tokens: int = 16,
     packed: bool = True,
     large: bool = True,
+    long: bool = False,
     scale: float = 1.0,
 ) -> dict[str, BackendStatus]:
     """Tell which attention backends can run, in the order in which ``backend="auto"`` prefers them.
@@ -46,14 +47,15 @@ def attention_backends(
         deterministic: whether every run must give the same bits, backward pass included.
         tokens: number of keys; cuDNN refuses a single one, ``triton`` and ``hopper`` more than 16,384.
         packed: whether q, k and v lie in one tensor, as a qkv layer gives them; ``triton`` and ``hopper`` need that.
-        large: whether the work is at least ``LARGE`` FLOP, so that the GPU and not Python's launches set the pace, in
-            fewer than ``LONG`` tokens, as ``is_large`` tells.
+        large: whether the work is at least ``LARGE`` FLOP, as ``is_large`` tells, so that the GPU and not Python's
+            launches set the pace.
+        long: whether there are ``LONG`` tokens or more.
         scale: factor of the scores; ``triton`` and ``hopper`` need one above 0.
 
     Returns:
         A status for each of ``triton``, ``cudnn``, ``flash_attn``, ``sdpa``, ``xformers``, ``eager`` and ``hopper``.
     """
-    options = dict(tokens=tokens, packed=packed, large=large, scale=scale)
+    options = dict(tokens=tokens, packed=packed, large=large, long=long, scale=scale)
     case = _checked_case(device, dtype, head_dim, dropout, deterministic, **options)
     return {name: status(name, case) for name in preferred(case)}
 
@@ -77,7 +79,7 @@ def choose_backend(backend: str, *case: object, **options: object) -> str:
 
 def _checked_case(
     device, dtype, head_dim, dropout=0.0, deterministic=False,
-    *, tokens=16, packed=True, large=True, scale=1.0,
+    *, tokens=16, packed=True, large=True, long=False, scale=1.0,
 ) -> AttentionCase:  # fmt: skip
     head_dim, tokens = positive_int("head_dim", head_dim), positive_int("tokens", tokens)
     dropout, scale = probability("dropout", dropout), finite("scale", scale)
@@ -87,7 +89,9 @@ def _checked_case(
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     return AttentionCase(
-        *reduced_case(device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale)
+        *reduced_case(
+            device, dtype, head_dim, dropout, deterministic, tokens, packed, large, long, scale
+        )
     )
 
 
@@ -180,9 +184,9 @@ def attend(
     scale = dim**-0.5 if scale is None else finite("scale", scale)
     if dropout or type(dropout) is not float:  # 0.0 needs no check
         dropout = probability("dropout", dropout)
-    packed, large = (_lie_packed(q, k, v), is_large(of_q)) if q.is_cuda else (False, False)
+    packed, work = (_lie_packed(q, k, v), _work(of_q)) if q.is_cuda else (False, _SMALL)
     case = reduced_case(
-        q.device, q.dtype, dim, dropout, deterministic, of_k[1], packed, large, scale
+        q.device, q.dtype, dim, dropout, deterministic, of_k[1], packed, *work, scale
     )
     name = _choose(backend, *case)
     if scale <= 0:
@@ -224,9 +228,9 @@ def attend_packed(
     scale = dim**-0.5 if scale is None else finite("scale", scale)
     if dropout or type(dropout) is not float:
         dropout = probability("dropout", dropout)
-    large = is_large(plain_shape(q)) if q.is_cuda else False
+    work = _work(plain_shape(q)) if q.is_cuda else _SMALL
     case = reduced_case(
-        q.device, q.dtype, dim, dropout, deterministic, shape[1], qkv.is_contiguous(), large, scale
+        q.device, q.dtype, dim, dropout, deterministic, shape[1], qkv.is_contiguous(), *work, scale
     )
     name = _choose(backend, *case)
     if run_packed := BACKENDS[name].run_packed:
@@ -242,10 +246,18 @@ def _above_zero(q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 def is_large(shape: tuple[int, ...]) -> bool:
-    """Tell whether q of the shape (B, N, heads, head_dim) makes a ``large`` case: of ``LARGE`` FLOP, below ``LONG``."""
+    """Tell whether q of the shape (B, N, heads, head_dim) makes a ``large`` case, of ``LARGE`` FLOP or more."""
     batch, tokens, heads, dim = shape
-    large = 4 * batch * heads * tokens * tokens * dim >= LARGE and tokens < LONG
+    large = 4 * batch * heads * tokens * tokens * dim >= LARGE
     return True if large else False  # noqa: SIM210  a constant where compiled code knows sizes by symbols
+
+
+_SMALL = (False, False)
+
+
+def _work(shape: tuple[int, ...]) -> tuple[bool, bool]:
+    """``large`` and ``long`` of q of the shape (B, N, heads, head_dim)."""
+    return is_large(shape), True if shape[1] >= LONG else False  # noqa: SIM210  as above
 
 
 def _lie_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:

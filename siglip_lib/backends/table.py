@@ -27,11 +27,12 @@ class AttentionCase(NamedTuple):
     tokens: int
     packed: bool
     large: bool
+    long: bool
     scale: float
 
 
 def reduced_case(
-    device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale
+    device, dtype, head_dim, dropout, deterministic, tokens, packed, large, long, scale
 ) -> tuple:
     """Return the fields of the one case that stands for all between which no backend decides: few are to be tried.
 
@@ -43,7 +44,7 @@ def reduced_case(
     elif tokens != 1:
         tokens = 16
     dropout, scale = 0.1 if dropout else 0.0, 1.0 if scale > 0 else 0.0
-    return device, dtype, head_dim, dropout, deterministic, tokens, packed, large, scale
+    return device, dtype, head_dim, dropout, deterministic, tokens, packed, large, long, scale
 
 
 # The packages of the backends that may run, by name, as trials.py imports them. They are looked up here and not
@@ -242,7 +243,7 @@ BACKENDS = {
     "eager": Backend(
         _eager, _needs_floats, lambda _: "matmul, softmax, matmul", sure=("meta", "cpu", "cuda")
     ),
-    # behind eager, which always runs: auto does not take it before notebook 04 has timed it
+    # behind eager, which always runs; auto takes it first where it can run and attention is large
     "hopper": Backend(
         _hopper,
         _why_not_hopper,
@@ -263,14 +264,18 @@ BACKENDS = {
 # cuDNN, 8 and 64 times 729: 4 to 6 % ahead.) Smaller work waits for Python to launch it, which replayed calls leave
 # out; launched, triton's median is the larger one there.
 LARGE = 10e9
-# tokens from which on cuDNN is asked before triton
+# tokens from which on attention is long: there cuDNN is asked before triton
 LONG = 1024
 _TRITON_FIRST = (64, 72, 80)
 
 
 def preferred(case: AttentionCase) -> list[str]:
     """The names of the backends in the order in which ``auto`` takes them."""
-    first = "triton" if case.large and case.head_dim in _TRITON_FIRST else "cudnn"
     if is_transformed():
-        first = "eager"  # no fused kernel has forward-mode or second derivatives
-    return sorted(BACKENDS, key=lambda name: name != first)
+        first = ["eager"]  # no fused kernel has forward-mode or second derivatives
+    else:
+        ours = case.large and not case.long and case.head_dim in _TRITON_FIRST
+        first = ["triton" if ours else "cudnn"]
+        if case.large and _why_not_hopper(case) is None:
+            first.insert(0, "hopper")
+    return [*first, *(name for name in BACKENDS if name not in first)]

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 PICTURES = ("cat", "coffee", "astronaut")
 # Okabe and Ito's palette: told apart by the colour-blind and on a weak projector.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# Of attention, by who computes it; those that run one kernel, as notebook 04 finds, have one colour.
+# Of attention, by who computes it; those that run one kernel, as notebook 04 finds, have one colour, and
+# so have this library's two.
 KERNEL_COLOURS = {
     "eager": COLOURS[6],
     "SDPA mem-eff": COLOURS[3],
@@ -37,7 +38,8 @@ KERNEL_COLOURS = {
     "SDPA flash": COLOURS[0],
     "flash-attn 2": COLOURS[0],
     "SDPA cuDNN": COLOURS[2],
-    "triton": COLOURS[1],  # this library's
+    "triton": COLOURS[1],
+    "hopper": COLOURS[1],
     "flash-attn 3": COLOURS[4],
     "flash-attn 4": COLOURS[5],
 }

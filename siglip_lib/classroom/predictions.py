@@ -29,7 +29,9 @@ _CAME_TRUE = {
     "11": "c* c a c* a* b* b* a b* b c* c* c* b*",
     "12": "c c c* c* c* c a c* c* b c b b*",
     "13": "c a b b c* c* b* b* c* b b c*",
-    "14": "b b b b b c c* b b c* a",
+    "14": "b b b b b c c b b* c* a",
+    "15": "b b* b b b c a b* b* abc* b* b* b",
+    "16": "c b* b* b* a* c b c a b a b c a c b* c c* b* c* b* c c b*",
 }
 # The ids of the cells that measure them.
 _MEASURED_BY = {
@@ -62,7 +64,17 @@ _MEASURED_BY = {
         "cell-03 cell-09 cell-11 cell-18 cell-30 cell-34 cell-41 cell-44 9cd96323 "
         "cell-63 cell-69 cell-83"
     ),
-    "14": "nb14-5 nb14-10 nb14-13 nb14-17 91d7c3b0 nb14-29 c7d20a3e 0c93d4b8 f8e01b52 ad50c1fa nb14-47",
+    "14": "nb14-5 nb14-10 nb14-13 nb14-17 91d7c3b0 nb14-29 e19b6d44 0c93d4b8 f8e01b52 ad50c1fa nb14-47",
+    "15": (
+        "c15-008-2 c15-009b-3 c15-015 c15-022 c15-027 c15-033-3 c15-039 c15-051-2 c15-054 c15-064-3 "
+        "c15-067-3 c15-072-3 c15-077-2"
+    ),
+    "16": (
+        "c16-units-count c16-loads-time c16-copies-time c16-ring-time c16-producer-time c16b-002 "
+        "c16b-009 c16b-013 c16b-015 c16b-017 c16b-027 c16b-041 c16b-043 c16b-047 c16-ahead-report "
+        "c16-ahead-time c16b-049 c16-consumers-time c16-halves-time c16-persistent-time "
+        "c16-reference-time c16b-031 c16b-061 c16-both"
+    ),
 }
 _OFFERED = {"05.7": "abc def", "10.5": "abcde"}  # all others offer a, b and c
 

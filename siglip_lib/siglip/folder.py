@@ -52,7 +52,7 @@ EMOJI64_SIGLIP = SigLIPConfig(
 EMOJI64_WEIGHTS = Path(__file__).parent / "weights" / "emoji64"
 # its unit vectors of all pictures of emoji64, "pictures" (5094, 128) in a safetensors file, float16
 EMOJI64_VECTORS = EMOJI64_WEIGHTS.with_name("emoji64_vectors.safetensors")
-# what stands behind their image tower to write names: adaptor, learned vectors and language model, float16
+# what notebook 15 puts behind their image tower: adaptor, learned vectors and language model, float16
 EMOJI64_CAPTIONER = EMOJI64_WEIGHTS.with_name("emoji64_captioner.safetensors")
 
 

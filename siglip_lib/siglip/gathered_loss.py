@@ -28,10 +28,18 @@ def gathered_sigmoid_loss(
     dtype, and the loss, shape (), has it too. It checks nothing.
     """
     texts = _AllGather.apply(text, group)  # (R B, D)
+    mine = dist.get_rank(group) * len(image)  # where this rank's own texts begin
+    return loss_against_all(image, texts, logit_scale, logit_bias, mine)
+
+
+def loss_against_all(
+    image: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, mine: int
+) -> Tensor:
+    """Return the loss of images (B, D) against all texts (R B, D); image i belongs to text ``mine + i``."""
     scale, bias = logit_scale.exp().to(image.dtype), logit_bias.to(image.dtype)
     logits = scale * image @ texts.t() + bias  # (B, R B)
     signs = torch.full_like(logits, -1)
-    signs.diagonal(dist.get_rank(group) * len(image)).fill_(1)
+    signs.diagonal(mine).fill_(1)
     return -F.logsigmoid(signs * logits).sum() / len(image)
 
 

@@ -53,6 +53,7 @@ PARTS = (
     Part("Kernels", "What runs underneath, written in Triton.", range(12, 14)),
     Part("Many GPUs", "The loss and the training, shared by several GPUs.", range(14, 15)),
     Part("Language", "From the tower to a language model.", range(15, 16)),
+    Part("Hopper", "Attention once more, for one generation of GPUs.", range(16, 17)),
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ipywidgets import VBox
+from ipywidgets import HBox, VBox
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,9 +26,12 @@ from siglip_lib import (
     picture,
     search_box,
 )
+from siglip_lib.classroom.widgets import caption_viewer
 from siglip_lib.data import Emoji64, split
 from siglip_lib.evaluate import Scenes
 from siglip_lib.siglip import EMOJI64_VECTORS, EMOJI64_WEIGHTS, SigLIP, Tokenizer
+from siglip_lib.train.captioning import load_captioner
+from siglip_lib.train.questions import QUESTION, questions
 
 PHOTOS = ("cat", "coffee", "astronaut")
 
@@ -42,17 +45,17 @@ def shipped() -> tuple[SigLIP, Tokenizer, Emoji64, Tensor]:
 
 
 @cache
-def scenes() -> Scenes:
-    """Notebook 11's first scenes of four drawings that no training saw."""
+def scenes(count: int = 400) -> Scenes:
+    """Scenes of four drawings that no training saw: of 400, notebook 11's; of 100, notebook 15's."""
     emoji = shipped()[2]
     seen = split(emoji).seen
     drawn = torch.Generator().manual_seed(0)
-    return make_scenes(emoji.pictures[seen], emoji.concept[seen], 400, size=64, generator=drawn)
+    return make_scenes(emoji.pictures[seen], emoji.concept[seen], count, size=64, generator=drawn)
 
 
-def scene_names(number: int) -> list[str]:
+def scene_names(number: int, count: int = 400) -> list[str]:
     names = shipped()[2].names
-    return [" · ".join(names[i] for i in row) for row in scenes().concept[:number].tolist()]
+    return [" · ".join(names[i] for i in row) for row in scenes(count).concept[:number].tolist()]
 
 
 def all_drawings() -> str:
@@ -116,6 +119,22 @@ def four_drawings() -> str:
     return _viewer(attention_viewer(shipped()[0].image, scenes().pixels[:8], names=scene_names(8)))
 
 
+def captioned_scene() -> str:
+    """Notebook 15's captioner, its first scene and its first question."""
+    captioner = load_captioner(shipped()[0].image)
+    tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", QUESTION)
+    box = caption_viewer(
+        captioner.prefix, captioner.language, tokenizer, scenes(100).pixels[:8], questions(2),
+        names=scene_names(8, 100),
+    )  # fmt: skip
+    menus, result = box.children
+    return _still(
+        _chosen(menus) + result.value,
+        "What a captioner reads and writes, as it stands at first. In a running notebook picture, question, block and "
+        "word can be chosen.",
+    )
+
+
 # by the id of the cell that shows the widget
 STILLS: dict[str, Callable[[], str]] = {
     "96a1f978": all_drawings,
@@ -123,6 +142,7 @@ STILLS: dict[str, Callable[[], str]] = {
     "1ad1e967": folder_of_pictures,
     "4b258179": held_out_drawings,
     "c11-016": four_drawings,
+    "c15-075": captioned_scene,
 }
 
 
@@ -138,10 +158,6 @@ def _search(box: VBox) -> str:
 
 def _viewer(box: VBox) -> str:
     menus, picker = box.children
-    chosen = "".join(
-        f"<span>{menu.description} <span>{html.escape(menu.label)}</span></span> "
-        for menu in menus.children
-    )
     rows, columns = divmod(picker.picked, picker.columns)
     place = (
         f"left: {100 * columns / picker.columns}%; top: {100 * rows / picker.rows}%; "
@@ -149,11 +165,20 @@ def _viewer(box: VBox) -> str:
     )
     data, caption = base64.b64encode(picker.image).decode(), html.escape(picker.caption)
     return _still(
-        f'<p class="still-field">{chosen}</p><div class="still-picture">'
+        f'{_chosen(menus)}<div class="still-picture">'
         f'<img alt="{caption}" src="data:image/png;base64,{data}"><span style="{place}"></span></div><p>{caption}</p>',
         "A viewer of attention, as it stands at first. In a running notebook every patch can be clicked; here, "
         '<a href="../try.html#where-it-looks">click in your browser</a>.',
     )
+
+
+def _chosen(menus: HBox) -> str:
+    """What stands in a viewer's menus."""
+    chosen = "".join(
+        f"<span>{menu.description} <span>{html.escape(menu.label)}</span></span> "
+        for menu in menus.children
+    )
+    return f'<p class="still-field">{chosen}</p>'
 
 
 def _still(content: str, caption: str) -> str:
