@@ -1,5 +1,6 @@
 """What the notebooks need to know of the machine: a report, time and memory of a call."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -233,12 +234,18 @@ def _timing(times: list[float], peak_bytes: int | None) -> Timing:
     return Timing(statistics.median(times), min(times), max(times), peak_bytes, tuple(times))
 
 
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    # one for all: cuBLAS keeps a workspace for each stream, in memory that is then never given back
+    return torch.cuda.Stream(device)
+
+
 def _captured(
     fn: Callable[[], object], warmup: int, pool: tuple[int, int] | None = None
 ) -> Callable[[], None]:
     """Record ``fn`` as a CUDA graph, in the memory of the graphs of that pool, and return its replay."""
     torch.cuda.empty_cache()  # what one stream has cached another can't use
-    stream = torch.cuda.Stream()
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(max(warmup, 1)):
