@@ -6,6 +6,7 @@ JupyterLab listens on this machine alone, behind a random token, and the browser
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 import nbformat
 import pytest
 from chromium import chromium, programs, webdriver
+from notebook_files import ROOT
 from serving import listens
 
 from siglip_lib.classroom.predictions import OUTCOMES
@@ -89,6 +91,7 @@ def lab(tmp_path_factory) -> Iterator[str]:
     asks.id, measures.id = "predict-04-1", OUTCOMES["04.1"].measured_by
     test.metadata.tags = ["raises-exception"]  # as in the copies of a class
     measures.metadata.jupyter = {"outputs_hidden": True}
+    measures.outputs = [nbformat.v4.new_output("stream", text="the answer\n")]
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
     (folder / "files").mkdir()
     nbformat.write(notebook, folder / "files" / "tiny.ipynb")
@@ -97,6 +100,7 @@ def lab(tmp_path_factory) -> Iterator[str]:
     (folder / "config" / "labconfig" / "page_config.json").write_text(
         json.dumps(no_news), encoding="utf-8"
     )
+    shutil.copytree(ROOT / ".ci/custom", folder / "config" / "custom")
     own = {
         f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")
     }
@@ -110,6 +114,7 @@ def lab(tmp_path_factory) -> Iterator[str]:
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",
         "--LabApp.expose_app_in_browser=True",
+        "--LabApp.custom_css=True",  # the style of `make lab`
     )
     own |= {"JUPYTER_TOKEN": token, "IPYTHONDIR": str(folder / "ipython")}
     command = [sys.executable, "-m", "jupyterlab", *options]
@@ -147,6 +152,10 @@ def page(lab, tmp_path_factory) -> Iterator:
         wait_for("a cell", lambda: page.find_element(*first).click() or True)
         enabled = "return jupyterapp.commands.isEnabled('notebook:run-all-cells')"
         wait_for("cells that can run", lambda: page.execute_script(enabled))
+        closed = (By.CSS_SELECTOR, ".jp-OutputPlaceholder")
+        page.told_while_closed = wait_for(
+            "a closed output", lambda: page.find_element(*closed)
+        ).text
         page.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
         yield page
 
@@ -228,6 +237,11 @@ def test_a_click_on_weights_alone(page):
     assert "row 4, column 1 attends" in caption.text
     assert "from 0.000 (violet) to 1.120 (yellow)" in caption.text
     assert len(all_of(page, ".widget-dropdown select")) == 3  # the tower's; here is no choice
+
+
+def test_a_closed_output_tells_nothing(page):
+    """JupyterLab by itself shows its first line, right below the prediction."""
+    assert page.told_while_closed == ""
 
 
 def test_a_prediction_is_answered_below_what_was_measured(page):

@@ -86,6 +86,9 @@ def test_settings_of_the_user_open_nothing(settings, tmp_path):
         assert status(f"{contents}?token=") == 403
         assert status(f"{contents}?token={token}") == 200
         assert status(f"{contents}?token={token}", host="evil.example") == 403
+        style = f"http://127.0.0.1:{port}/custom/custom.css?token={token}"
+        with urllib.request.urlopen(style, timeout=60) as answer:
+            assert b".jp-OutputPlaceholder" in answer.read()
         command = subprocess.run(
             ["ps", "-o", "args=", "-p", str(process.pid)], capture_output=True, check=True
         )
