@@ -218,9 +218,9 @@ class Backend:
 
 
 # The order of "auto", measured by notebook 04 on an H200 (torch 2.11, bf16): speed over eager, geometric means of 23
-# cases, forward and with backward, replayed from CUDA graphs. triton 5.21; cuDNN 5.13; flash-attn 3.47; sdpa 3.30, as
-# it chooses where cuDNN can't run; xformers 1.69 with the kernel that it has left without flash-attn. Which of the
-# first two leads depends on the case.
+# cases, forward and with backward, replayed from CUDA graphs. triton 5.20; cuDNN 5.10; flash-attn 3.46; sdpa 3.29, as
+# it chooses where cuDNN can't run; xformers 1.68 with the kernel that it has left without flash-attn. Which of the
+# first two leads depends on the case. (hopper makes 6.62; ``preferred`` says when it comes before all of these.)
 BACKENDS = {
     "triton": Backend(
         _triton,
@@ -243,7 +243,8 @@ BACKENDS = {
     "eager": Backend(
         _eager, _needs_floats, lambda _: "matmul, softmax, matmul", sure=("meta", "cpu", "cuda")
     ),
-    # behind eager, which always runs; auto takes it first where it can run and attention is large
+    # last, so that small work goes to others: launched by Python it makes 2.11 times eager's speed (cuDNN 3.13, triton
+    # 2.67, in notebook 04's means). Where it can run and attention is large, ``preferred`` puts it first
     "hopper": Backend(
         _hopper,
         _why_not_hopper,
@@ -258,14 +259,23 @@ BACKENDS = {
 }
 
 # FLOP forward from which on attention is large: half of what one layer of SO400M takes for 8 pictures.
-# There, triton against cuDNN in notebook 04, at head_dim 64, 72 and 80: 8 and 64 times 729 tokens, 1 to 9 % ahead
-# forward and 8 to 13 % with backward. At 72 alone: 8 times 512, level; 8 times 1024 to 4096, 3 to 4 % behind forward,
-# within 2 % with backward; 64 times 256, 8 % behind forward and with backward level. (At 96, which this rule leaves to
-# cuDNN, 8 and 64 times 729: 4 to 6 % ahead.) Smaller work waits for Python to launch it, which replayed calls leave
-# out; launched, triton's median is the larger one there.
+# There hopper is ahead of triton and cuDNN in all of notebook 04's replayed cases whose speeds it prints, 1.21 to 1.70
+# times the better of the two forward and 1.07 to 1.46 with backward: 8 and 64 times 729 tokens at head_dim 64 to 128,
+# and 8 times 728 to 4096 at 72.
+# triton against cuDNN, at head_dim 64, 72 and 80: 8 and 64 times 729 tokens, 1 to 9 % ahead forward and 7 to 13 % with
+# backward. At 72 alone: 8 times 1024 to 4096, 3 to 5 % behind forward, within 1 % with backward; 64 times 256, by
+# notebook 13, 9 % behind forward and 4 % ahead with backward. (At 96, which this rule leaves to cuDNN, 8 and 64 times
+# 729: 4 to 6 % ahead.)
+# Smaller work waits for Python to launch it, which replayed calls leave out: with one picture of 729 tokens at 72 the
+# medians are 96 us for cuDNN, 140 for triton and 230 for hopper. That holds for a part of the large work, too: with 8
+# pictures they are 148, 186 and 323, in ranges that overlap, where replayed calls take 79, 77 and 52. And what a graph
+# would gain below the limit is lost: replayed, 8 times 512 (9.7 GFLOP), cuDNN takes 29 % longer than hopper forward and
+# 31 % with backward.
 LARGE = 10e9
-# tokens from which on attention is long: there cuDNN is asked before triton
+# tokens from which on attention is long: there cuDNN is asked before triton. hopper knows no such limit: it is 1.47 to
+# 1.57 times as fast as cuDNN from 1024 to 4096 tokens forward, 1.41 to 1.44 with backward
 LONG = 1024
+# head_dims at which triton is asked before cuDNN where attention is large and not long
 _TRITON_FIRST = (64, 72, 80)
 
 

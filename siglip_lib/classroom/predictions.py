@@ -30,7 +30,7 @@ _CAME_TRUE = {
     "12": "c c c* c* c* c a c* c* b c b b*",
     "13": "c a b b c* c* b* b* c* b b c*",
     "14": "b b b b b c c b b* c* a",
-    "15": "b b* b b b c a b* b* abc* b* b* b",
+    "15": "b b* b b b c a b* b* bc* b* c* b",
     "16": "c b* b* b* a* c b c a b a b c a c b* c c* b* c* b* c c b*",
 }
 # The ids of the cells that measure them.

@@ -461,8 +461,16 @@ def redo_constants(dim: int, heads: int, tokens: int) -> dict[str, int | bool]:
 
 
 def _forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    _check_gpu(qkv)
     # float16 has not the range for the other form
     return _launch(qkv, scale, exact=qkv.dtype == torch.float16)
+
+
+def _check_gpu(qkv: Tensor) -> None:
+    if not qkv.is_cuda or flash_attention._capability(qkv.get_device()) != HOPPER:
+        raise ValueError(
+            f"qkv is on {qkv.device}; the kernel needs a GPU of compute capability 9.0 (Hopper)"
+        )
 
 
 def _launch(qkv: Tensor, scale: float, exact: bool) -> tuple[Tensor, Tensor]:
@@ -538,10 +546,8 @@ def hopper_attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     )
     if not qkv.is_contiguous():
         raise ValueError(f"qkv has strides {qkv.stride()}; it must be contiguous: qkv.contiguous()")
-    if not qkv.is_cuda or flash_attention._capability(qkv.get_device()) != HOPPER:
-        raise ValueError(
-            f"qkv is on {qkv.device}; the kernel needs a GPU of compute capability 9.0 (Hopper)"
-        )
+    if not torch.compiler.is_compiling():  # which can't see a cache; there the launch asks
+        _check_gpu(qkv)
     scale = finite("scale", qkv.shape[-1] ** -0.5 if scale is None else scale)
     _, tokens, _, _, dim = qkv.shape
     if reason := why_not_our_kernel(dim, tokens, scale):
