@@ -235,6 +235,22 @@ def lazy(q, k, v, scale, block, threshold):
     "14.2": [
         """
 import time
+import numpy as np
+
+
+def start_and_rate(call):
+    def fastest(pairs):
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            call(pairs)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+    sizes = np.array([256, 1024])
+    return np.linalg.solve(np.stack([np.ones(2), sizes**2.0], 1), [fastest(int(n)) for n in sizes])
+""",
+        """
+import time
 
 
 def start_and_rate(call):

@@ -14,8 +14,8 @@ price is that s and dp are computed twice: seven products where one pass with at
 A consumer starts the products with p and ds of one block and those that give s and dp of the next, and waits for all of
 them at once. While it then computes exponentials, the tensor cores work for the other consumers.
 
-delta, the sum of out * d_out of each query, is made by a small kernel of its own, which takes no longer than reading
-both. Past the end of the tokens the lse is infinite and delta 0, so that those queries' p and ds are 0; keys past the
+delta, the sum of out * d_out of each query, is made by a small kernel of its own, which does little but read both.
+Past the end of the tokens the lse is infinite and delta 0, so that those queries' p and ds are 0; keys past the
 end are masked in the pass that owns queries. In the other pass they are rows of their own, which are not stored.
 
 Source: Shah et al., FlashAttention-3 (2024), section 3.1; Dao, FlashAttention-2 (2023), section 3.1.2.
@@ -72,9 +72,10 @@ class BackwardRoles(Roles):
     Args:
         read: rows of a block of the ring.
         held: how many of the two blocks that a consumer owns lie in its registers as left operands. The tensor cores
-            read the others from shared memory, which then gives them all that it can: as much as the ring's.
+            read the others from shared memory, as many bytes as of the ring's block of 64 rows; both together are all
+            that it can give (128 bytes a cycle).
         turns: whether consumers use the tensor cores one after the other. Without, two that have once come to compute
-            exponentials at the same time go on so, and the tensor cores wait.
+            exponentials at the same time may go on so, and the tensor cores wait.
     """
 
     read: int = 64

@@ -26,8 +26,9 @@ class Roles:
     Args:
         consumers: warpgroups that compute.
         stages: blocks of keys and values that the ring holds; as many as fit 227 KiB of shared memory.
-        registers: of a consumer's thread. Of the 65,536 of a multiprocessor each role takes its own share, when the
-            kernel has started: 4 consumers can have 112 a thread, 3 can have 160, 2 can have 240.
+        registers: of a consumer's thread. When the kernel has started each role takes its own share of what all
+            threads started with: 4 consumers can have 112 a thread, 3 can have 160, 2 can have 240. (Triton gives the
+            first consumer what the others leave, which may be 8 more.)
     """
 
     consumers: int
@@ -72,7 +73,7 @@ def _at(parts, i):
 
 @gluon.jit
 def _copy(descriptors, sample, row, head, barrier, to, REST: gl.constexpr):
-    """Have the TMA unit copy 64 rows of a head; the barrier counts the bytes, those of zeros past the end too."""
+    """Have the TMA unit copy rows of a head; the barrier counts the bytes, those of zeros past the end too."""
     tma.async_copy_global_to_shared(descriptors[0], [sample, row, head, 0], barrier, to[0])
     if REST:
         tma.async_copy_global_to_shared(descriptors[1], [sample, row, head, _MAIN], barrier, to[1])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,8 +25,8 @@ def number(value: object) -> int | float | None:
 
 
 def two_numbers(value: object) -> tuple[int | float, int | float] | None:
-    """Return a tuple, list or tensor of two numbers as a tuple of plain ones; None for all else."""
-    if isinstance(value, Tensor) and value.shape == (2,):
+    """Return a tuple, list, tensor or array of two numbers as a tuple of plain ones; None for all else."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.shape == (2,):
         value = value.tolist()
     if not is_pair(value):
         return None
