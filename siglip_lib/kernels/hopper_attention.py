@@ -7,10 +7,10 @@ each other at barriers in shared memory:
 - each consumer, a warpgroup of 4 warps, owns 64 queries. While it computes exponentials the tensor cores work for the
   other consumers, and for itself on the half of the weights that it has finished.
 
-A thread block is persistent: it takes tile after tile of 64 queries a consumer, so that the next tile's copies run while
-this one is computed, its first scores together with the last values of this one, and the output of this one is stored
-while the next is computed. The last block of keys, which may be a short one, comes first: only it needs a mask, and its
-products are only as wide as the power of two, from 16 on, that holds it.
+A thread block is persistent: it takes tile after tile of 64 queries a consumer, so that the next tile's copies run
+while this one is computed, its first scores together with the last values of this one, and the output of this one is
+stored while the next is computed. The last block of keys, which may be a short one, comes first: only it needs a mask,
+and its products are only as wide as the power of two, from 16 on, that holds it.
 
 Two forms of softmax. The exact one keeps each row's largest score so far, as the kernel in flash_attention.py does. The
 other takes the largest of the first block for the whole row: bfloat16 weights have the range of float32, so nothing is

@@ -15,8 +15,8 @@ A consumer starts the products with p and ds of one block and those that give s 
 them at once. While it then computes exponentials, the tensor cores work for the other consumers.
 
 delta, the sum of out * d_out of each query, is made by a small kernel of its own, which does little but read both.
-Past the end of the tokens the lse is infinite and delta 0, so that those queries' p and ds are 0; keys past the
-end are masked in the pass that owns queries. In the other pass they are rows of their own, which are not stored.
+Past the end of the tokens the lse is infinite and delta 0, so that those queries' p and ds are 0; keys past the end
+are masked in the pass that owns queries. In the other pass they are rows of their own, which are not stored.
 
 Source: Shah et al., FlashAttention-3 (2024), section 3.1; Dao, FlashAttention-2 (2023), section 3.1.2.
 """

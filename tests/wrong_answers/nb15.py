@@ -91,6 +91,9 @@ WRONG = {
         _instead(
             _REPAIRED, "whole.flatten(3, 4)", "whole.flip(1).flatten(3, 4)"
         ): "at wrong places",
+        _instead(
+            _REPAIRED, "    m, n = grid", "    x = x[:1].expand(2, -1, -1)\n    m, n = grid"
+        ): "second picture",
         _instead(_REPAIRED, "(x[:, :head],", "(0 * x[:, :head],"): "thumbnail and separator",
         _instead(
             _REPAIRED, "    m, n = grid", "    x[:, -1] = 0\n    m, n = grid"
@@ -105,6 +108,10 @@ WRONG = {
             "sum(shown(s, c) / (s[0] * s[1]) for s, c in zip(sizes, chosen))",
         ): "of what the best one shows",
         _instead(_LIST, "<= most * len(sizes)", "<= 10**9"): "tokens a picture",
+        _instead(
+            _LIST, "<= most * len(sizes)", "< most * len(sizes)"
+        ): "of what the best one shows",
+        _instead(_LIST, ", h * w)", ", high * wide)"): "of what the best one shows",
         _instead(_LIST, "<= most * len(sizes)", "<= most"): "your result is None",
         _instead(
             _LIST, "candidate_resolutions(), 3", "candidate_resolutions(), 2"
