@@ -98,6 +98,9 @@ WRONG = {
                 "next((n for n in range(2, most) if busy(n + 1) - busy(n) < 0.01), most)"): "not with the next",
         _stages("busy(most) - 0.01", "max(map(busy, range(2, most + 1))) - 0.01"): "not with the best",
         _stages("busy(most) - 0.01", "busy(most)"): "is good enough",
+        _stages("busy(most) - 0.01", "0.99 * busy(most)"): "look for the first",
+        _stages("next(n for n in range(2, most + 1) if busy(n) >= busy(most) - 0.01)",
+                "next((n + 1 for n in range(most, 1, -1) if busy(n) < busy(most) - 0.01), 2)"): "look for the first",
         _stages("next(n for", "next(n - 2 for"): "places in a list",
         "def stages(dim, consumers, busy): return 7": "two numbers",
         _stages("- 0.01), most", "- 0.01), most").replace("return next(", "return most, next(").replace(
