@@ -23,8 +23,8 @@ from siglip_lib.train.captioning import EMOJI64_LANGUAGE, Captioner, share_right
 from siglip_lib.train.questions import QUESTION, Questions, every_drawing
 from siglip_lib.vl.language_model import caption_loss
 
-# steps of: the language model alone, the adaptor, both, both with tiles too; as many as take an H200 three minutes
-STEPS, STAND_IN = (300, 600, 4_000, 4_000), (20, 20, 100, 0)
+# steps of: the language model alone, the adaptor, both, both with tiles too
+STEPS, STAND_IN = (300, 600, 3_000, 4_000), (20, 20, 100, 0)
 BATCH, TILED_BATCH = 256, 256
 THUMBNAIL = 20  # tokens: 4 rows of 4, each with its newline
 TILED = ("prompts", "answers", "thumbnail", "about", "tiles")  # what a batch with tiles holds
