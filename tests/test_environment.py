@@ -95,9 +95,7 @@ def test_both_kinds_of_machine_have_one_nbval():
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_gpu_machine_installs_what_the_stored_outputs_come_from(path):
     texts = [output.get("text", "") for cell in code_cells(read(path)) for output in cell.outputs]
-    shown = next(
-        text for text in texts if "versions: " in text
-    )  # of the set-up, in one cell or two
+    shown = next(text for text in texts if "versions: " in text)
     ran = dict(re.findall(r"(torch|triton|xformers) (\d[\d.]*)", shown))
     assert ran == {name: pins("gpu")[name] for name in ("torch", "triton", "xformers")}
 
