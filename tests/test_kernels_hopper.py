@@ -1,5 +1,6 @@
 """The Hopper kernel: on a GPU of compute capability 9.0 against float64, elsewhere by what the compiler says of it."""
 
+import functools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from test_kernels_flash_attention import assert_good, draw, results
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip_lib import attend
 from siglip_lib.backends import attend_packed
@@ -44,6 +46,44 @@ def rows(x_ptr):
     fence()
     gl.store(x_ptr + gl.arange(0, SIZE, total.type.layout), total)
 """
+
+
+class Recorder:
+    """Stands for a kernel, and keeps what it is compiled for and launched with, by the names of the arguments."""
+
+    def __init__(self, module, name, monkeypatch):
+        self.arg_names, self.compiled, self.launched = getattr(module, name).arg_names, [], []
+        monkeypatch.setattr(module, name, self)
+
+    def warmup(self, *given, grid, **constants):
+        self.compiled.append(dict(zip(self.arg_names, given, strict=False)) | constants)
+        return self
+
+    def __getitem__(self, grid):
+        return lambda *given: self.launched.append(dict(zip(self.arg_names, given, strict=True)))
+
+
+def kind(x):
+    """What Triton compiles for."""
+    if isinstance(x, TensorDescriptor):
+        return x.base.dtype, x.block_shape, x.layout
+    return x.dtype if isinstance(x, torch.Tensor) else float if isinstance(x, float) else x
+
+
+def assert_compiled_for(recorder):
+    """The last launch has what its kernel was compiled for."""
+    given, compiled = recorder.launched[-1], recorder.compiled[-1]
+    assert {name: kind(x) for name, x in given.items()} == {
+        name: kind(compiled[name]) for name in given
+    }
+
+
+def recorders(monkeypatch, module, *names):
+    """Put recorders in the place of a module's kernels, on a GPU of 132 multiprocessors on which nothing was run."""
+    monkeypatch.setattr(module, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(module, "_launchers", functools.cache(module._launchers.__wrapped__))
+    return [Recorder(module, name, monkeypatch) for name in names]
+
 
 # of 65,536 registers of a multiprocessor, and 227 KiB of shared memory that a thread block may have
 REGISTERS, SHARED = 65_536, 227 << 10
@@ -163,6 +203,43 @@ def test_blocks_without_an_lse_are_computed_again(bad, programs, monkeypatch):
     torch.testing.assert_close(marked, lse)
 
 
+def test_an_address_that_is_used_again(monkeypatch):
+    """With another shape or dtype it gets other descriptors and another kernel; what has been there is found again."""
+    forward, redo = recorders(monkeypatch, hopper_attention, "_hopper_kernel", "_redo_kernel")
+    memory = torch.empty(8 * 130 * 3 * 9 * 72, dtype=torch.bfloat16)
+    shapes = [(2, 130, 3, 4, 72), (4, 65, 3, 4, 72), (8, 130, 3, 9, 72), (2, 65, 3, 9, 64)]
+    cases = [(shapes[0], torch.bfloat16), (shapes[0], torch.float16)]
+    cases += [(shape, torch.bfloat16) for shape in shapes[1:]]
+    for shape, dtype in cases * 2:
+        batch, tokens, _, heads, dim = shape
+        qkv = memory[: math.prod(shape)].view(dtype).view(shape)
+        out, lse = hopper_attention._launch(qkv, 0.1, exact=False)
+        given = forward.launched[-1]
+        for name, tensor, n in (("main", qkv, 3 * heads), ("out_main", out, heads)):
+            assert given[name].base is tensor
+            assert given[name].shape == [batch, tokens, n, dim]
+            assert given[name].strides == [tokens * n * dim, n * dim, dim, 1]
+        assert (given["lse"], given["tokens"], given["padded"]) == (lse, tokens, lse.shape[2])
+        assert (given["HEADS"], given["REST"]) == (heads, dim - 64)
+        if len(forward.launched) <= len(cases):  # in the second round nothing is compiled
+            assert_compiled_for(forward)
+            assert_compiled_for(redo)
+        given = redo.launched[-1]
+        assert (given["qkv"], given["out"], given["lse"]) == (qkv, out, lse)
+        assert given["blocks"] == -(-tokens // given["OWN"]) * batch * heads
+    assert len(forward.launched) == len(redo.launched) == 2 * len(cases)
+    assert len(forward.compiled) == len(redo.compiled) == len(cases)
+
+
+def test_the_exact_form_needs_no_second_kernel(monkeypatch):
+    forward, redo = recorders(monkeypatch, hopper_attention, "_hopper_kernel", "_redo_kernel")
+    qkv = torch.empty(1, 70, 3, 2, 72, dtype=torch.bfloat16)
+    for exact in (True, False):
+        hopper_attention._launch(qkv, 0.1, exact)
+        assert forward.launched[-1]["EXACT"] == exact
+        assert len(redo.launched) == (not exact)
+
+
 def test_compiled_code_sees_an_operator():
     with FlopCounterMode(display=False) as counted:
         qkv = torch.empty(2, 130, 3, 4, 72, dtype=torch.bfloat16, device="meta", requires_grad=True)
@@ -229,6 +306,19 @@ def test_real_shapes(hopper, dim, tokens, dtype):
 
 def attention(qkv, **options):
     return hopper_attention.hopper_attention(qkv, **options)
+
+
+def test_a_gpu_s_address_that_is_used_again(hopper):
+    memory = torch.empty(2 * 730 * 3 * 4 * 72, dtype=torch.bfloat16, device=hopper)
+    cases = [((2, 730), torch.bfloat16), ((2, 730), torch.float16), ((4, 365), torch.bfloat16)]
+    for sizes, dtype in cases * 2:
+        qkv = memory.view(dtype).view(*sizes, 3, 4, 72)
+        assert_good(qkv.copy_(torch.randn(qkv.shape)).requires_grad_(), attention)
+
+
+def test_every_gpu_has_its_own_kernels(hopper):
+    for i in range(torch.cuda.device_count()):
+        assert_good(draw(1, 65, 4, 72, torch.device("cuda", i), torch.bfloat16), attention)
 
 
 def test_as_a_backend(hopper):

@@ -13,7 +13,7 @@ from backward_schedule import Pass, backward
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_kernels_flash_attention import assert_good, draw, results
-from test_kernels_hopper import SHARED
+from test_kernels_hopper import SHARED, assert_compiled_for, recorders
 
 from siglip_lib.base.offers import TRITON_HEAD_DIMS as HEAD_DIMS
 from siglip_lib.classroom.schedule import Deadlock, Race, run
@@ -158,6 +158,46 @@ def test_the_last_block_is_as_narrow_as_it_can_be(tokens, tail, many):
     for name in ("keys", "queries"):
         constants = hopper_backward.constants_of(name, 72, 16, tokens)
         assert (constants["TAIL"], constants["MANY"]) == (tail, many)
+
+
+@pytest.fixture
+def _another_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("_another_default")
+@pytest.mark.parametrize("dim", [64, 72, 128])
+def test_what_is_launched(dim, monkeypatch):
+    """An address that the kernels can't take is not given to them."""
+    names = "_delta_kernel", "_backward_kernel"
+    sums, passes = recorders(monkeypatch, hopper_backward, *names)
+    qkv = torch.empty(2, 70, 3, 4, dim)
+    n = qkv.numel() // 3
+    for start in (0, 1):
+        d_out, out = (torch.randn(n + 1)[start:][:n].view(2, 70, 4, dim) for _ in range(2))
+        lse = torch.randn(1025, dtype=torch.float32)[start:][:1024].view(2, 4, 128)
+        made = hopper_backward._backward(d_out, qkv, out, lse, 0.1)
+        given = sums.launched[-1]
+        assert_compiled_for(sums)
+        for name, tensor in (("d_out", d_out), ("out", out)):
+            assert torch.equal(given[name], tensor)
+            assert (given[name] is tensor) == (start == 0)
+            assert given[name].data_ptr() % 16 == 0
+        keys, queries = passes.launched[-2:]
+        assert (keys["KEYS"], queries["KEYS"]) == (True, False)
+        assert torch.equal(queries["lse"], lse)
+        assert queries["delta"] is given["delta"]
+        assert keys["lse"].base is queries["lse"]
+        assert keys["delta"].base is given["delta"]
+        for each in (keys, queries):
+            assert each["own_main"].base is each["read_main"].base is qkv
+            assert each["pull_main"].base is given["d_out"]
+            assert each["out_main"].base is made
+            assert (each["tokens"], each["padded"], each["plain_scale"]) == (70, 128, 0.1)
+    assert_compiled_for(passes)
+    assert (len(sums.compiled), len(passes.compiled)) == (1, 2)
 
 
 def test_gradients_take_it():

@@ -4,7 +4,9 @@ import importlib.metadata
 import itertools
 import random
 import time
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from siglip_lib import (
     spread_report,
 )
 from siglip_lib.classroom import Timing
+from siglip_lib.classroom.machine import _side_stream
 
 
 def test_times_are_in_order_and_in_milliseconds():
@@ -135,6 +138,85 @@ def test_on_a_gpu(graph, gpu):
     timing = measure(lambda: x @ x, gpu, repeats=5, graph=graph)
     assert 0 < timing.fastest_ms <= timing.median_ms <= timing.slowest_ms
     assert x.nbytes <= timing.peak_bytes < 2**28
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A GPU that is not there; returns by name what it has: the current stream, the streams made, the recordings."""
+    has = SimpleNamespace(stream="main", made=[], recordings=[])
+
+    def stream_of(device):
+        has.made.append(f"side {len(has.made)}")
+        return SimpleNamespace(name=has.made[-1], wait_stream=lambda other: None)
+
+    @contextmanager
+    def stream(new):
+        before, has.stream = has.stream, new.name
+        try:
+            yield
+        finally:
+            has.stream = before
+
+    @contextmanager
+    def graph(recorded, pool, stream):
+        has.recordings.append((stream.name, pool))
+        before, has.stream = has.stream, stream.name
+        yield
+        has.stream = before  # as with torch's own not after a failure
+
+    def event(enable_timing):
+        return SimpleNamespace(record=lambda: None, elapsed_time=lambda other: 1.0)
+
+    main = SimpleNamespace(name="main", wait_stream=lambda other: None)
+    fakes = dict(
+        device=lambda device: nullcontext(), current_device=lambda: 0, current_stream=lambda: main,
+        Stream=stream_of, stream=stream, graph=graph, graph_pool_handle=lambda: "pool", Event=event,
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: None), empty_cache=lambda: None,
+        synchronize=lambda: None, reset_peak_memory_stats=lambda: None,
+        memory_allocated=lambda: 0, max_memory_allocated=lambda: 0,
+    )  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    _side_stream.cache_clear()
+    yield has
+    _side_stream.cache_clear()
+
+
+def test_graphs_are_recorded_on_one_stream_on_which_they_ran_before(pretended):
+    calls = []
+    fns = {name: lambda: calls.append(pretended.stream) for name in "ab"}
+    measure_together(fns, "cuda", warmup=2, graph=True)
+    measure(fns["a"], "cuda", warmup=2, graph=True)
+    assert len(pretended.made) == 1  # each has workspaces of cuBLAS, which are never given back
+    assert pretended.recordings == [("side 0", "pool"), ("side 0", "pool"), ("side 0", None)]
+    side = ["side 0"] * 3  # two calls, and one that is recorded
+    assert calls == ["main", "main", *side, *side, "main", *side]
+    assert pretended.stream == "main"
+
+
+def test_what_can_not_be_recorded_leaves_the_stream(pretended):
+    left = iter([None, None])  # as many calls as come before the recording
+
+    with pytest.raises(StopIteration):
+        measure(lambda: next(left), "cuda", warmup=1, graph=True)
+    assert len(pretended.recordings) == 1
+    assert pretended.stream == "main"
+
+
+def test_on_a_gpu_graphs_hold_no_memory_when_they_are_gone(gpu):
+    def both(q, k):
+        out = (q @ k.mT).softmax(-1) @ k
+        return torch.autograd.grad(out.sum(), (q, k))  # by a thread that has workspaces of its own
+
+    def held(*sizes):
+        inputs = [torch.randn(2, 2, n, 64, device=gpu, requires_grad=True) for n in sizes]
+        measure_together({x: partial(both, *x) for x in inputs}, gpu, repeats=2, graph=True)
+        del inputs
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    first = held(256, 128)
+    assert max(held(2048, 512), held(512, 4096), held(1024, 2048)) <= first
 
 
 def test_kernel_times_name_what_takes_the_time(device, capfd):

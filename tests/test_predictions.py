@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
@@ -68,6 +69,12 @@ def test_the_next_cell_tells_and_no_other(said, letter, told):
 def test_what_depends_on_the_machine_and_several_letters(said, number, choice, told):
     _, text = said(f'predict("{number}", "{choice}")', "print(1)")
     assert text.startswith(f"1\nprediction {number}: {told}")
+
+
+def test_where_several_can_come_true_one_may(said, monkeypatch):
+    monkeypatch.setitem(OUTCOMES, "10.5", replace(OUTCOMES["10.5"], came_true="b"))
+    told = "1\nprediction 10.5: you chose {}; on the GPU of the stored figures it is (b)\n"
+    assert said('predict("10.5", "bc")', "print(1)") == ["", told.format("(b) and (c)")]
 
 
 def test_unanswered_says_and_changes_nothing(said, shell):
@@ -266,6 +273,7 @@ def test_the_table_says_what_the_notebook_says(number, offered, cells, answer):
     found = ANSWER.match(answer)
     assert found, f"the text after {number} starts with no letter: {answer[:60]}"
     assert outcome.came_true == "".join(LETTERS.findall(found[1]))
+    assert outcome.takes_several or len(outcome.came_true) == len(outcome.offered.split())
     measuring = [cell for cell in cells if cell.metadata.get("jupyter", {}).get("outputs_hidden")]
     tagged = any("nbval-ignore-output" in cell.metadata.get("tags", []) for cell in measuring)
     assert outcome.by_stored_figures == tagged

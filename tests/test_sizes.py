@@ -101,15 +101,55 @@ def test_a_kernel_says_which_gpu_it_needs(fake_gpu):
         check_device("x", OnGpu, None, "use y")
 
 
-def test_a_cap_is_set_and_seen(monkeypatch, fake_gpu):
+def test_a_cap_leaves_room_for_what_cuda_takes_beside_torch(monkeypatch, fake_gpu):
     fractions = fake_gpu(100, total=140)
     monkeypatch.setenv("SIGLIP_GPU_GIB", "8")
     size = pick_size()
-    assert (size.name, size.free, fractions) == ("lab", 8 * GIB, [8 / 140])
-    assert "8.0 GiB of the GPU are free, capped by SIGLIP_GPU_GIB" in str(size)
-    monkeypatch.setenv("SIGLIP_GPU_GIB", "200")  # more than there is
-    assert pick_size().free == 100 * GIB
-    assert fractions[1] == 1.0
+    assert (size.name, size.room, size.free) == ("lab", 8 * GIB, 7 * GIB)
+    assert fractions == [7 / 140]  # torch may take what the notebooks see, and no more
+    words = "SIGLIP_GPU_GIB caps this process at 8.0 GiB of the GPU, 7.0 of them for torch"
+    assert f"; {words} (6 are enough for this size, 60 for the next)" in str(size)
+
+
+@pytest.mark.parametrize(
+    ("free", "held", "cap", "name", "room"),
+    [
+        (20, 0, 6, "lab", 6),
+        (6, 0, 6, "lab", 6),
+        (5.5, 0, 6, "cpu", 0),  # neighbours have the rest
+        (6.5, 0, 8, "lab", 6.5),
+        (3, 4, 6, "lab", 6),  # of 7 that are free or held by this process itself
+        (3, 3.5, 8, "lab", 6.5),
+        (23, 0, 5.9, "cpu", 0),
+        (23, 0, 40, "lab", 23),  # a cap above the whole GPU
+    ],
+)
+def test_neighbours_may_leave_less_than_the_cap(free, held, cap, name, room, monkeypatch, fake_gpu):
+    fractions = fake_gpu(free, total=24, held=held)
+    monkeypatch.setenv("SIGLIP_GPU_GIB", str(cap))
+    size = pick_size()
+    assert (size.name, size.room) == (name, room * GIB)
+    assert size.free == max(size.room - GIB, 0)
+    assert fractions == [pytest.approx(min(1, (cap - 1) / 24))]  # neighbours may leave again
+    binds = cap <= free + held
+    assert ("SIGLIP_GPU_GIB caps this process" in str(size)) == binds
+    assert (f"{free + held:.1f} GiB of the GPU are free" in str(size)) != binds
+
+
+def test_a_cap_below_what_cuda_takes_leaves_torch_nothing(monkeypatch, fake_gpu):
+    fractions = fake_gpu(20)
+    monkeypatch.setenv("SIGLIP_GPU_GIB", "0.5")
+    assert pick_size().name == "cpu"
+    assert fractions == [0]
+
+
+def test_a_forced_size_above_the_cap_names_the_cap(monkeypatch, fake_gpu):
+    fake_gpu(20)
+    monkeypatch.setenv("SIGLIP_SIZE", "lab")
+    monkeypatch.setenv("SIGLIP_GPU_GIB", "5")
+    capped = "SIGLIP_GPU_GIB caps this process at 5.0 GiB of the GPU, 4.0 of them for torch"
+    with pytest.raises(ValueError, match=f"^SIGLIP_SIZE=lab needs 6 GiB of the GPU; {capped}$"):
+        pick_size()
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "many", "nan", "inf"])
@@ -137,7 +177,7 @@ def test_a_forced_size_that_does_not_fit_names_the_memory(name, free, least, mon
     monkeypatch.setenv("SIGLIP_SIZE", name)
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared below
         pick_size()
-    given = f"SIGLIP_SIZE={name} needs {least} GiB free on the GPU"
+    given = f"SIGLIP_SIZE={name} needs {least} GiB of the GPU"
     assert str(caught.value) == f"{given}; {free}.0 GiB of the GPU are free"
 
 
@@ -158,7 +198,7 @@ def test_values_for_each_size(monkeypatch, fake_gpu):
 
 @pytest.mark.parametrize(("each", "wanted"), [(6 / 64, 64), (0.1, 8), (0.75, 8), (0.8, 1), (7, 1)])
 def test_the_largest_batch_that_fits(each, wanted, fake_gpu):
-    fake_gpu(8)  # of which 6 are taken
+    fake_gpu(9)  # of which torch gets 8, and 6 are taken
     assert pick_size().largest((1, 8, 64), each * GIB) == wanted
 
 

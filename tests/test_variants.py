@@ -84,13 +84,14 @@ def runs():
         plain=Variant(plain, [1e-2]),
         again=Variant(plain, [1e-2]),
         late=Variant(plain, [1e-2], warmup=5),
+        decayed=Variant(plain, [1e-2], weight_decay=20.0),
         dropping=Variant(dropping, [1e-2]),
         dropping_again=Variant(dropping, [1e-2]),
     )
 
 
 def test_a_row_for_each_seed_and_a_figure_for_each_step(runs):
-    assert list(runs) == ["plain", "again", "late", "dropping", "dropping_again"]
+    assert list(runs) == ["plain", "again", "late", "decayed", "dropping", "dropping_again"]
     for found in runs.values():
         assert found.losses.shape == found.gradients.shape == (2, 6)
         assert found.recall.shape == found.final_loss.shape == (2,)
@@ -109,28 +110,33 @@ def test_the_same_seed_gives_the_same_curves(runs, one, other):
     assert not torch.equal(runs[one].losses[0], runs[one].losses[1])
 
 
-def test_a_variants_warm_up_counts_and_the_batches_are_the_same(runs):
+@pytest.mark.parametrize("other", ["late", "decayed"])
+def test_a_variants_warm_up_and_decay_count_and_the_batches_are_the_same(runs, other):
     # the first loss is before any step
-    assert torch.equal(runs["plain"].losses[:, 0], runs["late"].losses[:, 0])
-    assert not torch.equal(runs["plain"].losses[:, 2], runs["late"].losses[:, 2])
+    assert torch.equal(runs["plain"].losses[:, 0], runs[other].losses[:, 0])
+    assert not torch.equal(runs["plain"].losses[:, 2], runs[other].losses[:, 2])
 
 
-def test_it_is_what_training_gives(runs, emoji, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("plain", {}), ("late", {"warmup": 5}), ("decayed", {"weight_decay": 20.0})],
+)
+def test_it_is_what_training_gives(runs, emoji, monkeypatch, name, change):
     norms, clip = [], nn.utils.clip_grad_norm_
 
     def noting(*given):
         norms.append(clip(*given))
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", noting)
-    config = replace(CONFIG, lr=1e-2, seed=1)
+    config = replace(CONFIG, lr=1e-2, seed=1, **change)
     tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", EMOJI64_SIGLIP.context_length)
     torch.manual_seed(1)
     model = plain()
     model.logit_bias.data.fill_(-math.log(16))
     training = Training(model, tokenizer, emoji, training_and_validation(emoji)[0], config, "cpu")
     training.run(progress=False)
-    assert training.losses == runs["plain"].losses[1].tolist()
-    assert torch.equal(torch.stack(norms), runs["plain"].gradients[1])
+    assert training.losses == runs[name].losses[1].tolist()
+    assert torch.equal(torch.stack(norms), runs[name].gradients[1])
 
 
 def first_step(variant: Variant) -> tuple[SigLIP, float]:
@@ -286,6 +292,7 @@ def test_validation_is_a_designer_of_the_training_and_not_of_the_test(emoji):
         (dict(variants={"a": Variant(plain, [])}), ValueError, "a: rates is empty"),
         (dict(variants={"a": Variant(plain, [math.nan])}), ValueError, "lr=nan must be finite"),
         (dict(variants={"a": Variant(plain, [1e-3], 0)}), ValueError, "warmup=0 must be"),
+        (dict(variants={"a": Variant(plain, [1], 1, -1.0)}), ValueError, "weight_decay=-1.0 must"),
         (dict(variants={"a": Variant(lambda: nn.Linear(2, 2), [1])}), TypeError, "not Linear"),
         (dict(variants={"a": Variant(plain, [1], bias=math.inf)}), ValueError, "a: bias=inf must"),
         (dict(variants={"a": Variant(plain, [1], loss="l2")}), ValueError, "a: loss='l2' is"),

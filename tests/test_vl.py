@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import log_softmax
 from torch.testing import assert_close
 
-from siglip_lib import VisionTransformer, attention_maps
+from siglip_lib import VisionTransformer, attention_maps, create_siglip_vit
 from siglip_lib.siglip.text import EOS
 from siglip_lib.vl import (
     Adaptor,
@@ -274,6 +274,21 @@ def test_a_reference_checkpoint_loads_whole(tmp_path):
     state = reference_checkpoint(prefix)
     save_file(state, tmp_path / "model.safetensors")
     assert load_visual_prefix(prefix, tmp_path) == 4
+    for name, tensor in prefix.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_deepseek_vl2_smalls_shapes_loads_whole(tmp_path):
+    with torch.device("meta"):
+        prefix = VisualPrefix(create_siglip_vit(ignore_head=True), 2048).bfloat16()
+    prefix = prefix.to_empty(device="cpu")
+    state, path = reference_checkpoint(prefix), tmp_path / "model.safetensors"
+    assert sum(x.numel() for x in prefix.parameters()) == 428_225_600 + 13_635_584 + 2 * 2048
+    assert state["projector.layers.0.weight"].shape == (2048, 4 * 1152)
+    save_file(state, path)
+    assert load_visual_prefix(prefix, path) == 4
+    path.unlink()  # pytest would keep three
     for name, tensor in prefix.state_dict().items():
         assert torch.equal(tensor, state[name]), name
 

@@ -223,18 +223,20 @@ def attend_packed(
     shape = plain_shape(qkv)
     if len(shape) != 5 or shape[2] != 3:
         raise ValueError(f"qkv has shape {shape}; it must be (B, N, 3, heads, head_dim)")
-    q, k, v = qkv.unbind(2)
-    dim = int(shape[4])
+    batch, tokens, _, heads, dim = shape
+    dim = int(dim)
     scale = dim**-0.5 if scale is None else finite("scale", scale)
     if dropout or type(dropout) is not float:
         dropout = probability("dropout", dropout)
-    work = _work(plain_shape(q)) if q.is_cuda else _SMALL
+    work = _work((batch, tokens, heads, dim)) if qkv.is_cuda else _SMALL
+    lies_packed = qkv.is_contiguous()
     case = reduced_case(
-        q.device, q.dtype, dim, dropout, deterministic, shape[1], qkv.is_contiguous(), *work, scale
+        qkv.device, qkv.dtype, dim, dropout, deterministic, tokens, lies_packed, *work, scale
     )
     name = _choose(backend, *case)
     if run_packed := BACKENDS[name].run_packed:
         return run_packed(qkv, scale)
+    q, k, v = qkv.unbind(2)
     if scale <= 0:
         q, scale = _above_zero(q, scale)
     return BACKENDS[name].run(q, k, v, dropout, scale, deterministic)

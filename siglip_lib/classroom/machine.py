@@ -247,11 +247,12 @@ def _captured(
     torch.cuda.empty_cache()  # what one stream has cached another can't use
     stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):  # else torch stays on it after a recording that fails
         for _ in range(max(warmup, 1)):
             fn()
+        # on the same stream: a workspace made for another one would hold the graph's memory when the graph is gone
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            fn()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        fn()
     return graph.replay

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 PICTURES = ("cat", "coffee", "astronaut")
 # Okabe and Ito's palette: told apart by the colour-blind and on a weak projector.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# Of attention, by who computes it; those that run one kernel, as notebook 04 finds, have one colour, and
-# so have this library's two.
+# Of attention, by who computes it; those that run one kernel, as notebook 04 finds, have one colour. The last one's is
+# none of COLOURS, which are used up: a dark red that the colour-blind tell from all of them.
 KERNEL_COLOURS = {
     "eager": COLOURS[6],
     "SDPA mem-eff": COLOURS[3],
@@ -39,9 +39,9 @@ KERNEL_COLOURS = {
     "flash-attn 2": COLOURS[0],
     "SDPA cuDNN": COLOURS[2],
     "triton": COLOURS[1],
-    "hopper": COLOURS[1],
     "flash-attn 3": COLOURS[4],
     "flash-attn 4": COLOURS[5],
+    "hopper": "#800000",
 }
 
 

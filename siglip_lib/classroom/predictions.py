@@ -25,12 +25,12 @@ _CAME_TRUE = {
     "07": "b c a a a c a*",
     "08": "c c a c b* a",
     "09": "b b b c c c b* a c b b* c*",
-    "10": "c b b c bc* c* b b* c b* c b c b b",
+    "10": "c b b c bc* b* b b* c b* c b c b b",
     "11": "c* c a c* a* b* b* a b* b c* c* c* b*",
     "12": "c c c* c* c* c a c* c* b c b b*",
     "13": "c a b b c* c* b* b* c* b b c*",
     "14": "b b b b b c c b b* c* a",
-    "15": "b b* b b b c a b* b* bc* b* c* b",
+    "15": "b c* a b b c a b* c* bc* a* c* a",
     "16": "c b* b* b* a* c b c a b a b c a c b* c c* b* c* b* c c b*",
 }
 # The ids of the cells that measure them.
@@ -76,7 +76,8 @@ _MEASURED_BY = {
         "c16-reference-time c16b-031 c16b-061 c16-both"
     ),
 }
-_OFFERED = {"05.7": "abc def", "10.5": "abcde"}  # all others offer a, b and c
+_OFFERED = {"05.7": "abc def", "10.5": "abcde", "15.10": "abcd"}  # all others offer a, b and c
+_SEVERAL = {"10.5", "15.10"}  # take several letters, however many of them come true
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,17 @@ class Outcome:
     offered: str  # letters, as in "abc"; "abc def" if one of each is to be chosen
     came_true: str  # one of them, or several where several can come true
     by_stored_figures: bool  # of the GPU that the notebooks' outputs come from: another machine may find something else
+    takes_several: bool  # whether several letters of the same question can come true
     measured_by: str  # the id of the cell below the one that asks
-
-    @property
-    def takes_several(self) -> bool:
-        """Whether several letters of the same question can come true."""
-        return len(self.came_true) > len(self.offered.split())
 
 
 OUTCOMES = {
     (number := f"{notebook}.{place}"): Outcome(
-        _OFFERED.get(number, "abc"), letters.rstrip("*"), letters.endswith("*"), cell_id
+        _OFFERED.get(number, "abc"),
+        letters.rstrip("*"),
+        letters.endswith("*"),
+        number in _SEVERAL,
+        cell_id,
     )
     for notebook, row in _CAME_TRUE.items()
     for place, (letters, cell_id) in enumerate(

@@ -23,6 +23,7 @@ wide. Source: Shah et al., FlashAttention-3 (2024), section 3.1.
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -62,6 +63,7 @@ from siglip_lib.kernels.hopper_parts import (
     _ring,
     _zeros,
     descriptors,
+    launcher,
 )
 
 _AT_ONCE = 32  # blocks whose lse are looked at together
@@ -475,25 +477,36 @@ def _check_gpu(qkv: Tensor) -> None:
 
 
 def _launch(qkv: Tensor, scale: float, exact: bool) -> tuple[Tensor, Tensor]:
-    batch, tokens, _, heads, dim = qkv.shape
     out, lse = _forward_fake(qkv, scale)
-    padded, scale = lse.shape[2], scale * math.log2(math.e)
-    multiprocessors = _multiprocessors(qkv.get_device())
+    scale *= math.log2(math.e)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current GPU, not on the tensor's
+        forward, redo = _launchers(qkv.shape, qkv.dtype, qkv.get_device(), exact)
+        forward(*descriptors(qkv), *descriptors(out), lse, scale)
+        if redo:
+            redo(qkv, out, lse, scale)
+    return out, lse
+
+
+@functools.lru_cache(maxsize=64)
+def _launchers(
+    shape: torch.Size, dtype: torch.dtype, device: int, exact: bool
+) -> tuple[Callable[..., None], Callable[..., None] | None]:
+    """Return what launches both kernels, the second if it is needed, for qkv of this shape on the current GPU."""
+    batch, tokens, _, heads, dim = shape
+    multiprocessors, sizes = _multiprocessors(device), (tokens, flash_attention._padded(tokens))
     small = triton.cdiv(tokens, 2 * _ROWS.value) * batch * heads <= multiprocessors
     constants = constants_of(dim, heads, tokens, exact, small)
     tiles = triton.cdiv(tokens, _ROWS.value * constants["CONSUMERS"]) * batch * heads
-    packed = qkv.view(batch, tokens, 3 * heads, dim)
-    with torch.cuda.device_of(qkv):  # Triton launches on the current GPU, not on the tensor's
-        programs = min(tiles, multiprocessors)
-        _hopper_kernel[(programs,)](
-            *descriptors(packed), *descriptors(out), lse, scale, tokens, padded, tiles, **constants
-        )
-        if not exact:
-            constants = redo_constants(dim, heads, tokens)
-            blocks = triton.cdiv(tokens, constants["OWN"]) * batch * heads
-            programs = min(blocks, 2 * multiprocessors)
-            _redo_kernel[(programs,)](qkv, out, lse, scale, tokens, padded, blocks, **constants)
-    return out, lse
+    qkv = torch.empty(shape, dtype=dtype, device="meta")
+    given = *descriptors(qkv), *descriptors(qkv[:, :, 0]), torch.float32, 1.0
+    programs = min(tiles, multiprocessors)
+    forward = launcher(_hopper_kernel, programs, given, (*sizes, tiles), constants)
+    if exact:
+        return forward, None
+    constants = redo_constants(dim, heads, tokens)
+    blocks = triton.cdiv(tokens, constants["OWN"]) * batch * heads
+    given, programs = (dtype, dtype, torch.float32, 1.0), min(blocks, 2 * multiprocessors)
+    return forward, launcher(_redo_kernel, programs, given, (*sizes, blocks), constants)
 
 
 def _gradient(ctx, d_out, d_lse):

@@ -23,6 +23,7 @@ Source: Shah et al., FlashAttention-3 (2024), section 3.1; Dao, FlashAttention-2
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,7 @@ from siglip_lib.kernels.hopper_parts import (
     _ring,
     _zeros,
     descriptors,
+    launcher,
 )
 
 _DELTAS = 128  # rows of a thread block of the kernel for delta
@@ -556,7 +558,7 @@ def _line(x: Tensor, columns: int) -> TensorDescriptor:
 @functools.lru_cache(maxsize=32)
 def _described_line(shape: torch.Size, columns: int) -> TensorDescriptor:
     rows, padded = shape[0] * shape[1], shape[2]
-    x = torch.empty(rows, padded, device="meta")
+    x = torch.empty(rows, padded, dtype=torch.float32, device="meta")
     layout = gl.NVMMASharedLayout(0, 32, 2)
     return TensorDescriptor(x, [rows, padded], [padded, 1], [1, columns], layout)
 
@@ -565,31 +567,47 @@ def arguments_of(
     name: str, qkv: Tensor, d_out: Tensor, d_qkv: Tensor, lse: Tensor, delta: Tensor
 ) -> list:
     """Return the tensors as a pass takes them."""
-    (batch, tokens, _, heads, dim), read = qkv.shape, ROLES[name][qkv.shape[-1]].read
-    packed, made = (x.view(batch, tokens, 3 * heads, dim) for x in (qkv, d_qkv))
-    keys = name == "keys"
-    given = [packed, _ROWS.value], [packed, read], [d_out, read if keys else _ROWS.value], [made]
+    read, keys = ROLES[name][qkv.shape[-1]].read, name == "keys"
+    given = [qkv, _ROWS.value], [qkv, read], [d_out, read if keys else _ROWS.value], [d_qkv]
     lines = [_line(x, read) if keys else x for x in (lse, delta)]
     return [*(one for pair in given for one in descriptors(*pair)), *lines]
 
 
 def _backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    batch, tokens, _, heads, dim = qkv.shape
     d_out = d_out.contiguous()  # sum().backward() and others give one element, expanded
-    if d_out.data_ptr() % 16:  # a part of another tensor; the TMA unit can't begin there
-        d_out = d_out.clone()
-    delta, d_qkv, padded = torch.empty_like(lse), torch.empty_like(qkv), lse.shape[2]
-    sizes = scale * math.log2(math.e), scale, tokens, padded
+    # a part of another tensor may begin where the TMA unit can't
+    d_out, out, lse = (x.clone() if x.data_ptr() % 16 else x for x in (d_out, out, lse))
+    delta, d_qkv = torch.empty_like(lse), torch.empty_like(qkv)
     with torch.cuda.device_of(qkv):  # Triton launches on the current GPU, not on the tensor's
-        programs = batch * padded * heads // _DELTAS
-        _delta_kernel[(programs,)](out, d_out, delta, tokens, padded, **delta_constants(dim, heads))
-        for name in ("keys", "queries"):
-            constants = constants_of(name, dim, heads, tokens)
-            tiles = triton.cdiv(tokens, _ROWS.value * constants["CONSUMERS"]) * batch * heads
-            programs = min(tiles, _multiprocessors(qkv.get_device()))
+        sums, passes = _launchers(qkv.shape, qkv.dtype, qkv.get_device())
+        sums(out, d_out, delta)
+        for name, launch in passes.items():
             given = arguments_of(name, qkv, d_out, d_qkv, lse, delta)
-            _backward_kernel[(programs,)](*given, *sizes, tiles, **constants)
+            launch(*given, scale * math.log2(math.e), scale)
     return d_qkv
+
+
+@functools.lru_cache(maxsize=64)
+def _launchers(
+    shape: torch.Size, dtype: torch.dtype, device: int
+) -> tuple[Callable[..., None], dict[str, Callable[..., None]]]:
+    """Return what launches the kernel for delta, and the passes, for qkv of this shape on the current GPU."""
+    batch, tokens, _, heads, dim = shape
+    padded, passes = flash_attention._padded(tokens), {}
+    programs = batch * padded * heads // _DELTAS
+    given, constants = (dtype, dtype, torch.float32), delta_constants(dim, heads)
+    sums = launcher(_delta_kernel, programs, given, (tokens, padded), constants)
+    qkv = torch.empty(shape, dtype=dtype, device="meta")
+    lse = torch.empty(batch, heads, padded, dtype=torch.float32, device="meta")
+    for name in ROLES:
+        constants = constants_of(name, dim, heads, tokens)
+        tiles = triton.cdiv(tokens, _ROWS.value * constants["CONSUMERS"]) * batch * heads
+        given = arguments_of(name, qkv, qkv[:, :, 0], qkv, lse, lse)
+        given = [x.dtype if isinstance(x, Tensor) else x for x in given]
+        programs = min(tiles, _multiprocessors(device))
+        given, sizes = (*given, 1.0, 1.0), (tokens, padded, tiles)
+        passes[name] = launcher(_backward_kernel, programs, given, sizes, constants)
+    return sums, passes
 
 
 _OPERATORS = operators_of(__name__)

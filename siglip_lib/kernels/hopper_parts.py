@@ -4,6 +4,8 @@ hopper_attention.py explains them.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import KernelInterface
 
 # queries of a consumer, and keys of a block: the rows of a product of the tensor cores
 _ROWS = gl.constexpr(64)
@@ -126,14 +129,14 @@ def _zeros(REST: gl.constexpr):
     return main, rest
 
 
-# --- on the CPU, before a launch ---
+# --- on the CPU: a launch ---
 
 
 def descriptors(x: Tensor, rows: int = _ROWS.value) -> list[TensorDescriptor | None]:
     """What the TMA unit needs to copy rows of a head: of its first 64 channels, and of the others, None without.
 
     Args:
-        x: (B, N, n, head_dim), contiguous, at an address that is a multiple of 16.
+        x: (B, N, ..., head_dim), contiguous, at an address that is a multiple of 16.
         rows: how many at a time.
     """
     if x.data_ptr() % 16:
@@ -151,12 +154,13 @@ def _at_address(descriptor: TensorDescriptor, x: Tensor) -> TensorDescriptor:
 @functools.lru_cache(maxsize=32)
 def _described(shape: torch.Size, dtype: torch.dtype, rows: int) -> list[TensorDescriptor | None]:
     # kept, since to make one takes Python longer than to launch a kernel
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    rest = [max(16, shape[-1] - 64)] if shape[-1] > 64 else []
+    batch, tokens, *heads, dim = shape
+    x = torch.empty(batch, tokens, math.prod(heads), dim, dtype=dtype, device="meta")
+    rest = [max(16, dim - 64)] if dim > 64 else []
     made = [
         TensorDescriptor(
             x,
-            list(shape),
+            list(x.shape),
             list(x.stride()),
             [1, rows, 1, width],
             gl.NVMMASharedLayout(2 * width, 16, 4),
@@ -164,6 +168,28 @@ def _described(shape: torch.Size, dtype: torch.dtype, rows: int) -> list[TensorD
         for width in (64, *rest)
     ]
     return made if rest else [*made, None]
+
+
+def launcher(
+    kernel: KernelInterface, programs: int, given: tuple, fixed: tuple, constants: dict
+) -> Callable[..., None]:
+    """Compile a kernel for the current GPU, and return what launches it: a function of its first arguments.
+
+    ``kernel[grid](...)`` looks at every argument of every launch, to find out whether it has compiled for such. That
+    takes Python several times as long as the launch.
+
+    Args:
+        kernel: by ``triton.jit`` or ``gluon.jit``.
+        programs: how many thread blocks.
+        given: what the first arguments are like: numbers, descriptors, and a dtype for a tensor, which must begin at
+            an address that is a multiple of 16.
+        fixed: the numbers after them.
+        constants: of the kernel, and Triton's options.
+    """
+    compiled = kernel.warmup(*given, *fixed, grid=(programs,), **constants)
+    launch = compiled[programs, 1, 1]
+    last = *fixed, *(constants[name] for name in kernel.arg_names if name in constants)
+    return lambda *first: launch(*first, *last)
 
 
 @functools.cache

@@ -148,14 +148,18 @@ class Questions:
         about = torch.arange(len(asked_for)).repeat_interleave(torch.tensor(asked_for))
         views = [cut_scenes(scenes, self.tiles) for scenes, _ in kinds]
         batch = {
-            "prompts": torch.cat(prompts).to(self._device),
-            "answers": torch.cat(answers).to(self._device),
+            "prompts": self._sent(torch.cat(prompts)),
+            "answers": self._sent(torch.cat(answers)),
             "thumbnail": torch.cat([thumbnail for thumbnail, _ in views]),
-            "about": about.to(self._device),
+            "about": self._sent(about),
         }
         if self.tiles > 1:
             batch["tiles"] = torch.cat([tiles for _, tiles in views])
         return batch
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """Return x on the device, without waiting for what that is still doing: the next scenes are drawn meanwhile."""
+        return x.to(self._device, non_blocking=True)
 
     def _scenes(self, grid: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw scenes as sharp as the tiles need them."""
@@ -163,9 +167,9 @@ class Questions:
         row = torch.randint(len(self._concept), shape, generator=generator)
         chance = torch.rand(shape, generator=generator, dtype=torch.float64)
         which = self._first[row] + (chance * self._number[row]).long()
-        rgba = self._pictures[which.flatten().to(self._pictures.device)]  # (S * cells, 4, 64, 64)
+        rgba = self._pictures[self._sent(which.flatten())]  # (S * cells, 4, 64, 64)
         if self._strength:
-            draws = torch.rand(len(rgba), DRAWS, generator=generator).to(rgba.device)
+            draws = self._sent(torch.rand(len(rgba), DRAWS, generator=generator))
             cells = augment(rgba, draws, self._strength)
         else:
             cells = compose(rgba)

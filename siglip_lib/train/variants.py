@@ -84,6 +84,7 @@ class Variant:
             the shipped tokenizer.
         rates: learning rates to choose from; of one there is no choice.
         warmup: steps of the linear rise; the config's if None. 1 is none: the first step has the highest rate.
+        weight_decay: of the matrices; the config's if None.
         bias: of the logits at the start; -log(batch) if None.
         loss: "sigmoid", or "softmax" for CLIP's.
         batches: "unique", each pair of another concept, where there are enough; "blind", any pictures, each of which
@@ -93,6 +94,7 @@ class Variant:
     build: Callable[[], SigLIP]
     rates: Sequence[float]
     warmup: int | None = None
+    weight_decay: float | None = None
     bias: float | None = None
     loss: str = "sigmoid"
     batches: str = "unique"
@@ -160,7 +162,8 @@ def short_runs(
 
     Args:
         variants: by name.
-        config: how to train all of them; its ``lr`` and ``seed`` are not used, its ``warmup`` where a variant has none.
+        config: how to train all of them; its ``lr`` and ``seed`` are not used, ``warmup`` and ``weight_decay`` where a
+            variant has none.
         seeds: different numbers.
         device: where.
         marks: steps after which recall is measured too, ascending; of the trainings with ``seeds`` alone.
@@ -274,9 +277,10 @@ class _Plan:
         rates = list(variant.rates)
         if not rates:
             raise ValueError(f"{name}: rates is empty")
-        warmup = config.warmup if variant.warmup is None else variant.warmup
+        own = dict(warmup=variant.warmup, weight_decay=variant.weight_decay)
+        own = {key: value for key, value in own.items() if value is not None}
         # the numbers are checked where the configs are made
-        search = [replace(config, lr=lr, warmup=warmup, seed=max(seeds) + 1) for lr in rates]
+        search = [replace(config, **own, lr=lr, seed=max(seeds) + 1) for lr in rates]
         self.seeds = [replace(search[0], seed=seed) for seed in seeds]
         self.trials = search if len(rates) > 1 else []
 

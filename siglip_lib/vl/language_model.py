@@ -137,8 +137,8 @@ class LanguageModel(nn.Module):
         T is at most ``most``; after ``</s>`` a row holds ``</s>`` alone. Of tokens before the newest k and v are kept.
         """
         most = positive_int("most", most)
-        logits, past = self(prefix)
-        written = [logits[:, -1].argmax(1)]
+        x, past = self.read(prefix)
+        written = [F.linear(x[:, -1], self.token_embed.weight).argmax(1)]  # the last alone tells
         while len(written) < most and not (written[-1] == EOS).all():
             x = self.token_embed(written[-1])[:, None].to(prefix.dtype)
             logits, past = self(x, past)
