@@ -20,7 +20,7 @@ _CAME_TRUE = {
     "02": "a c b a b c a*",
     "03": "b c c b c",
     "04": "b c b* b* b",
-    "05": "c b c c c b ce*",
+    "05": "c b c c c b c*",
     "06": "b a c a c* a c*",
     "07": "b c a a a c a*",
     "08": "c c a c b* a",
@@ -76,7 +76,7 @@ _MEASURED_BY = {
         "c16-reference-time c16b-031 c16b-061 c16-both"
     ),
 }
-_OFFERED = {"05.7": "abc def", "10.5": "abcde", "15.10": "abcd"}  # all others offer a, b and c
+_OFFERED = {"10.5": "abcde", "15.10": "abcd"}  # all others offer a, b and c
 _SEVERAL = {"10.5", "15.10"}  # take several letters, however many of them come true
 
 
@@ -84,10 +84,10 @@ _SEVERAL = {"10.5", "15.10"}  # take several letters, however many of them come 
 class Outcome:
     """What a prediction offers, and what came true."""
 
-    offered: str  # letters, as in "abc"; "abc def" if one of each is to be chosen
+    offered: str  # letters, as in "abc"
     came_true: str  # one of them, or several where several can come true
     by_stored_figures: bool  # of the GPU that the notebooks' outputs come from: another machine may find something else
-    takes_several: bool  # whether several letters of the same question can come true
+    takes_several: bool  # whether several letters can come true
     measured_by: str  # the id of the cell below the one that asks
 
 
@@ -180,18 +180,13 @@ def _outcome(number: str) -> Outcome:
 
 def _check_choice(number: str, choice: object, outcome: Outcome) -> None:
     """Refuse what is not offered, and more or fewer letters than the question takes."""
-    questions = outcome.offered.split()
     letters = choice.lower() if isinstance(choice, str) else ""
-    chosen = [len(set(letters) & set(question)) for question in questions]
     most = len(outcome.offered) if outcome.takes_several else 1
-    if sum(chosen) != len(letters) or not all(1 <= count <= most for count in chosen):
+    chosen = set(letters) & set(outcome.offered)
+    if not 1 <= len(chosen) == len(letters) <= most:
         how_many = "one or several" if outcome.takes_several else "one"
-        takes = " and ".join(f"{how_many} of {_quoted(question)}" for question in questions)
-        raise ValueError(f"choice={choice!r}; prediction {number} takes {takes}")
-
-
-def _quoted(letters: str) -> str:
-    return ", ".join(f'"{letter}"' for letter in letters)
+        letters = ", ".join(f'"{letter}"' for letter in outcome.offered)
+        raise ValueError(f"choice={choice!r}; prediction {number} takes {how_many} of {letters}")
 
 
 def _forget(number: str) -> None:
