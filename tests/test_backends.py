@@ -8,7 +8,7 @@ import time
 import timeit
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from siglip_lib import (
     Attention,
@@ -26,7 +27,7 @@ from siglip_lib import (
     attention_backends,
     choose_backend,
 )
-from siglip_lib.backends import BackendStatus, attend_packed, dispatch, is_large, trials
+from siglip_lib.backends import BackendStatus, attend_packed, dispatch, is_large, table, trials
 from siglip_lib.backends.table import BACKENDS, Backend
 
 NAMES = ("triton", "cudnn", "flash_attn", "sdpa", "xformers", "eager", "hopper")
@@ -860,3 +861,30 @@ def test_a_call_costs_little_more_than_plain_sdpa(packed):
     while not ratios or (ratios[-1] > 1.5 and len(ratios) < 5):
         ratios.append(cost_ratio(call, plain))
     assert min(ratios) <= 1.5, ratios
+
+
+@pytest.mark.parametrize("math_allowed", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_cudnn_is_all_that_sdpa_may_take_and_only_for_the_call(fails, math_allowed, monkeypatch):
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        expected = sdpa_flags()
+    seen = []
+
+    def record(*_):
+        seen.append(sdpa_flags())
+        if fails:
+            raise RuntimeError("no")
+
+    monkeypatch.setattr(table, "_sdpa", record)
+    outside = [SDPBackend.FLASH_ATTENTION, *([SDPBackend.MATH] if math_allowed else [])]
+    with sdpa_kernel(outside):
+        before = sdpa_flags()
+        with pytest.raises(RuntimeError) if fails else nullcontext():
+            BACKENDS["cudnn"].run(None, None, None, 0.0, 1.0, False)
+        assert sdpa_flags() == before != expected
+    assert seen == [expected]
+
+
+def sdpa_flags() -> dict[str, bool]:
+    names = ("cudnn", "flash", "mem_efficient", "math", "overrideable")
+    return {name: getattr(torch._C, f"_get_{name}_sdp_enabled")() for name in names}

@@ -10,6 +10,7 @@ from comparing import assert_close, assert_same, outputs_and_gradients
 from torch import nn
 
 from siglip_lib import DropPath, LayerScale, Mlp
+from siglip_lib.tower.layers import passed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -189,3 +190,24 @@ def test_wrong_arguments(build, error, message):
     with pytest.raises(error) as caught:
         build()
     assert str(caught.value) == message
+
+
+class Doubling(nn.Dropout):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("layer", [nn.Identity(), nn.Dropout(0.5).eval(), DropPath(0.5).eval()])
+def test_what_hands_its_input_on_is_called_only_for_who_looks(layer, monkeypatch):
+    x, seen = torch.ones(1000, 1), []
+    hook = layer.register_forward_hook(lambda *_: seen.append(1))
+    assert passed(layer, x) is layer(x) is x
+    assert len(seen) == 2
+    hook.remove()
+    monkeypatch.setattr(type(layer), "forward", lambda *_: pytest.fail("called"))
+    assert passed(layer, x) is x
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), DropPath(0.5), Doubling(0.5).eval()])
+def test_what_changes_its_input_is_called(layer):
+    assert (passed(layer, torch.ones(1000, 1)) == 2).any()

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from siglip_lib import Mlp
 from siglip_lib.tower.layers import GELU_TANH
-from siglip_lib.tower.linear_gelu import can_fuse_linear_gelu
+from siglip_lib.tower.linear_gelu import can_fuse_linear_gelu, fused_linear_gelu
 
 
 class Hooked(nn.Linear):
@@ -90,6 +90,13 @@ def test_leaves_the_two_to_torch_func():
         return y
 
     torch.func.vmap(ask)(torch.zeros(2))
+
+
+def test_runs_without_the_operator_unless_compiled():
+    linear, x = nn.Linear(8, 16), torch.randn(2, 3, 8)  # the operator is of CUDA alone
+    with torch.no_grad():
+        found = fused_linear_gelu(linear, x)
+        torch.testing.assert_close(found, F.gelu(linear(x)))  # tanh's on CUDA alone
 
 
 def test_counted_flops_are_those_of_both_products(gpu):

@@ -52,6 +52,18 @@ def reduced_case(
 imported: dict[str, ModuleType] = {}
 
 
+# For each kernel that torch's SDPA chooses among: what allows it, what tells whether it is allowed, and whether it is
+# cuDNN's.
+_SDPA_FLAGS = [
+    (
+        getattr(torch._C, f"_set_sdp_use_{name}"),
+        getattr(torch._C, f"_get_{name}_sdp_enabled"),
+        name == "cudnn",
+    )
+    for name in ("cudnn", "flash", "mem_efficient", "math", "overrideable")
+]
+
+
 # --- the calls: q, k, v (B, N, heads, head_dim) -> (B, N, heads, head_dim) ---
 
 
@@ -66,8 +78,18 @@ def _hopper(q, k, v, dropout, scale, deterministic):
 
 
 def _cudnn(q, k, v, dropout, scale, deterministic):
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    if torch.compiler.is_compiling():  # it knows this form
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return _sdpa(q, k, v, dropout, scale, deterministic)
+    # what sdpa_kernel does, in a sixth of the time that it takes
+    before = [allowed() for _, allowed, _ in _SDPA_FLAGS]
+    try:
+        for allow, _, wanted in _SDPA_FLAGS:
+            allow(wanted)
         return _sdpa(q, k, v, dropout, scale, deterministic)
+    finally:
+        for (allow, _, _), was in zip(_SDPA_FLAGS, before, strict=True):
+            allow(was)
 
 
 def _flash_attn(q, k, v, dropout, scale, deterministic):

@@ -43,15 +43,12 @@ def takes_kernel(*tensors: Tensor) -> bool:
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a call of ``module`` is the ``forward`` of one of ``kinds`` and no more, so that a kernel may do it."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return (
-        type(module) in kinds
-        and "forward" not in module.__dict__
-        and not any(hooks)
-        and not _has_any_global_hook()
+    return not (
+        type(module) not in kinds
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
     )

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from siglip_lib.backends.dispatch import attend, attend_packed, check_backend_name, takes_packed
 from siglip_lib.base.checks import check_tensor, positive_int, probability
+from siglip_lib.tower.layers import passed
 
 
 class Attention(nn.Module):
@@ -67,7 +68,7 @@ class Attention(nn.Module):
             out = attend_packed(torch.stack(self._heads(x), 2), **options)
         else:
             out = attend(*self._heads(x), **options)
-        return self.proj_drop(self.proj(out.flatten(2)))  # (B, N, D)
+        return passed(self.proj_drop, self.proj(out.flatten(2)))  # (B, N, D)
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return the attention weights (B, heads, N, N) for the input x (B, N, D), in float32, without dropout."""

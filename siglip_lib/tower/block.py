@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from siglip_lib.base.checks import finite, positive_int
 from siglip_lib.base.observers import is_plain, takes_kernel
 from siglip_lib.tower.attention import Attention
-from siglip_lib.tower.layers import DropPath, LayerScale, Mlp
+from siglip_lib.tower.layers import DropPath, LayerScale, Mlp, passed
 
 _LARGE = 2**22  # elements: below, Python takes longer to launch a kernel than the GPU to run it
 
@@ -73,7 +73,7 @@ class Block(nn.Module):
 def _add(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
     """Return ``x + drop_path(scale(branch))``, on a GPU in one pass over memory."""
     if not _can_fuse(x, branch, scale, drop_path):
-        return x + drop_path(scale(branch))
+        return x + passed(drop_path, passed(scale, branch))
     from siglip_lib.kernels.residual import fused_residual
 
     gamma = scale.gamma if isinstance(scale, LayerScale) else None
@@ -84,6 +84,8 @@ def _add(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> T
 
 def _can_fuse(x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> bool:
     """Whether the kernel does the same, and has something to do: a plain addition is one pass already."""
+    if not (drop_path.training or isinstance(scale, LayerScale)):  # asked first: it takes least
+        return False
     if not takes_kernel(x, branch):  # compiled code fuses by itself
         return False
     if not is_plain(scale, LayerScale, nn.Identity) or not is_plain(drop_path, DropPath):

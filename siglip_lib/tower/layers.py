@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_lib.base.checks import finite, positive_int, probability
+from siglip_lib.base.observers import is_plain
 from siglip_lib.tower.linear_gelu import can_fuse_linear_gelu, fused_linear_gelu
 
 GELU_TANH = partial(nn.GELU, approximate="tanh")  # SigLIP's activation
@@ -86,6 +87,12 @@ class DropPath(nn.Module):
         return f"drop_prob={self.drop_prob}, scale_by_keep={self.scale_by_keep}"
 
 
+def passed(module: nn.Module, x: Tensor) -> Tensor:
+    """Return ``module(x)``; where that is x itself, without the call, which takes Python longer than to find out."""
+    idle = not module.training or type(module) is nn.Identity
+    return x if idle and is_plain(module, nn.Identity, nn.Dropout, DropPath) else module(x)
+
+
 class Mlp(nn.Module):
     """Two linear layers with an activation between them, applied to each token.
 
@@ -128,10 +135,11 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop2)
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = can_fuse_linear_gelu(self.fc1, self.act, x)
-        x = fused_linear_gelu(self.fc1, x) if fused else self.act(self.fc1(x))  # (..., hidden)
-        x = self.drop1(x)
-        return self.drop2(self.fc2(self.norm(x)))  # (..., out)
+        fc1, act = self.fc1, self.act
+        fused = can_fuse_linear_gelu(fc1, act, x)
+        x = fused_linear_gelu(fc1, x) if fused else act(fc1(x))  # (..., hidden)
+        x = passed(self.norm, passed(self.drop1, x))
+        return passed(self.drop2, self.fc2(x))  # (..., out)
 
 
 def _for_both(name: str, value: object) -> tuple[object, object]:
