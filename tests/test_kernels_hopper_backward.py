@@ -13,7 +13,7 @@ from backward_schedule import Pass, backward
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_kernels_flash_attention import assert_good, draw, results
-from test_kernels_hopper import SHARED, assert_compiled_for, recorders
+from test_kernels_hopper import SHARED, assert_compiled_for, differing, recorders
 
 from siglip_lib.base.offers import TRITON_HEAD_DIMS as HEAD_DIMS
 from siglip_lib.classroom.schedule import Deadlock, Race, run
@@ -238,3 +238,13 @@ def test_the_same_bits_ten_times(hopper):
     for _ in range(9):
         again = results(hopper_attention.hopper_attention, qkv, pull)
         assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_the_same_bits_under_load(hopper):
+    qkv = draw(4, 729, 16, 72, hopper, torch.bfloat16)
+    pull = torch.randn(4, 729, 16, 72, device=hopper, dtype=qkv.dtype)
+
+    def gradient():
+        return torch.autograd.grad(hopper_attention.hopper_attention(qkv), qkv, pull)[0]
+
+    assert differing(gradient, 2_000) == 0
