@@ -154,18 +154,6 @@ def test_heads_are_filled_up_where_gradients_would_be_wrong(name, learned, dim, 
         assert widths[1] == [dim] * 3  # the forward pass alone has its own kernel
 
 
-@pytest.mark.parametrize("dim", [72, 96])
-@names
-def test_the_scale_is_that_of_the_call(name, dim, install):
-    install(BOTH, attention=eager)
-    opponent = OPPONENTS[name]
-    q, k, v = torch.randn(3, 2, 5, 3, dim, dtype=torch.float64)
-    opponents._fine.add((opponent.package, q.device, torch.float64, dim))
-    wanted, _ = eager(q, k, v, 0.3)
-    for x in (q, q.clone().requires_grad_()):  # without and with heads filled up
-        torch.testing.assert_close(opponent(x, k, v, scale=0.3), wanted, rtol=0, atol=1e-12)
-
-
 def test_what_is_missing_is_asked_for_again_and_what_ran_is_not(install, monkeypatch):
     install({}, attention=lambda q, k, v: v)
     opponent, x = OPPONENTS["flash-attn 4"], torch.zeros(1, 2, 1, 8)

@@ -265,8 +265,8 @@ BACKENDS = {
     "eager": Backend(
         _eager, _needs_floats, lambda _: "matmul, softmax, matmul", sure=("meta", "cpu", "cuda")
     ),
-    # last, so that small work goes to others: launched by Python it makes @@2.11@@ times eager's speed (cuDNN @@3.13@@,
-    # triton @@2.67@@, in notebook 04's means). Where it can run and attention is large, ``preferred`` puts it first
+    # last, so that small work goes to others: launched by Python it made 2.11 times eager's speed (cuDNN 3.13,
+    # triton 2.67, in notebook 04's means). Where it can run and attention is large, ``preferred`` puts it first
     "hopper": Backend(
         _hopper,
         _why_not_hopper,
@@ -289,12 +289,10 @@ BACKENDS = {
 # notebook 13, 9 % behind forward and 4 % ahead with backward. (At 96, which this rule leaves to cuDNN, 8 and 64 times
 # 729: 4 to 6 % ahead.)
 # Smaller work waits for Python to launch it, which replayed calls leave out: with one picture of 729 tokens at 72 the
-# medians are @@96@@ us for cuDNN, @@140@@ for triton and @@hopper: 230 before its launches were bound once, about 115
-# expected; if it is below cuDNN's, say so, and that replayed calls would lower the limit, too@@. That holds for a part
-# of the large work, too: with 8 pictures they are @@148, 186 and 323@@, in ranges that overlap, where replayed calls
-# take @@79, 77 and 52; if hopper's median is now below cuDNN's, leave the sentence out@@. And what a graph would gain
-# below the limit is lost: replayed, 8 times 512 (9.7 GFLOP), cuDNN takes @@29@@ % longer than hopper forward and
-# @@31@@ % with backward.
+# medians are 96 us for cuDNN, 140 for triton and 230 for hopper. That holds for a part of the large work, too: with 8
+# pictures they are 148, 186 and 323, in ranges that overlap, where replayed calls take 79, 77 and 52. (hopper's two
+# launched figures are older than the cheaper launch that it has now.) And what a graph would gain below the limit is
+# lost: replayed, 8 times 512 (9.7 GFLOP), cuDNN takes 29 % longer than hopper forward and 31 % with backward.
 LARGE = 10e9
 # tokens from which on attention is long: there cuDNN is asked before triton. hopper knows no such limit: it is 1.47 to
 # 1.57 times as fast as cuDNN from 1024 to 4096 tokens forward, 1.41 to 1.44 with backward

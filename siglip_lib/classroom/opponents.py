@@ -75,14 +75,8 @@ class Opponent:
             return f"needs a head_dim that is a multiple of 8 up to 256, not {head_dim}"
         return None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        """Return softmax(scale * q @ k.T) @ v, (B, N, heads, head_dim).
-
-        Args:
-            q: (B, N, heads, head_dim).
-            k: of the same shape.
-            v: of the same shape.
-            scale: of the scores; None is 1 / sqrt(head_dim).
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return softmax(q @ k.T / sqrt(head_dim)) @ v, (B, N, heads, head_dim).
 
         Raises:
             ValueError: it can't run; the message says why.
@@ -94,12 +88,10 @@ class Opponent:
             _fine.add(case)
         attention, dim = _function(self.module), q.shape[-1]
         extra = -dim % self.grain if self.grain and _recorded(q, k, v) else 0
-        given = {} if scale is None else {"softmax_scale": scale}
         if not extra:
-            return _output(attention(q, k, v, **given))
-        given.setdefault("softmax_scale", dim**-0.5)
+            return _output(attention(q, k, v))
         padded = (F.pad(x, (0, extra)) for x in (q, k, v))  # zeros change no score
-        return _output(attention(*padded, **given))[..., :dim]
+        return _output(attention(*padded, softmax_scale=dim**-0.5))[..., :dim]
 
 
 _HALF = (torch.bfloat16, torch.float16)
