@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
@@ -61,20 +60,15 @@ def test_the_next_cell_tells_and_no_other(said, letter, told):
     [
         ("04.3", "b", "you chose (b), and so it was measured on the GPU of the stored figures"),
         ("04.3", "c", "you chose (c); on the GPU of the stored figures it is (b)"),
-        ("10.5", "cb", "you chose (b) and (c), and so it was measured on the GPU of the stored"),
-        ("10.5", "b", "you chose (b); on the GPU of the stored figures it is (b) and (c)"),
-        ("10.5", "bcde", "you chose (b), (c), (d) and (e); on the GPU of the stored figures it is"),
+        ("15.10", "cb", "you chose (b) and (c), and so it was measured on the GPU of the stored"),
+        ("15.10", "b", "you chose (b); on the GPU of the stored figures it is (b) and (c)"),
+        ("15.10", "bcd", "you chose (b), (c) and (d); on the GPU of the stored figures it is (b)"),
+        ("10.5", "bc", "you chose (b) and (c); on the GPU of the stored figures it is (b)\n"),
     ],
 )
 def test_what_depends_on_the_machine_and_several_letters(said, number, choice, told):
     _, text = said(f'predict("{number}", "{choice}")', "print(1)")
     assert text.startswith(f"1\nprediction {number}: {told}")
-
-
-def test_where_several_can_come_true_one_may(said, monkeypatch):
-    monkeypatch.setitem(OUTCOMES, "10.5", replace(OUTCOMES["10.5"], came_true="b"))
-    told = "1\nprediction 10.5: you chose {}; on the GPU of the stored figures it is (b)\n"
-    assert said('predict("10.5", "bc")', "print(1)") == ["", told.format("(b) and (c)")]
 
 
 def test_unanswered_says_and_changes_nothing(said, shell):

@@ -222,9 +222,11 @@ def test_the_readme_leads_to_it():
 def test_what_it_says_of_sharing_holds():
     measured = {path.stem[:2]: read(path).metadata["measured"] for path in PATHS}
     assert max(m["cpu"]["seconds"] for m in measured.values()) <= 60
-    assert max(m["lab"]["gib"] for m in measured.values()) <= LAB_GIB
-    assert round(measured["10"]["lab"]["seconds"] / 60) == 2  # six students take six times that
+    most = max(m["lab"]["gib"] for m in measured.values())
+    assert most <= LAB_GIB + 1  # CUDA's own share comes on top of the cap
+    assert f"the most is 04's, {most} GiB" in " ".join(TEXT.split())
+    assert round(measured["10"]["lab"]["seconds"] / 60) == 4  # six students take six times that
     assert f"`SIGLIP_GPU_GIB={LAB_GIB}`" in TEXT
     (head,) = re.findall(r"^\| GiB free on the card \|(.*)\|\n", TEXT, re.MULTILINE)
     ((_, *students),) = rows("| GiB free on the card |")
-    assert students == [str(int(float(gib) // LAB_GIB)) for gib in head.split("|")]
+    assert students == [str(int(float(gib) // most)) for gib in head.split("|")]

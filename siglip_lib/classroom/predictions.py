@@ -25,7 +25,7 @@ _CAME_TRUE = {
     "07": "b c a a a c a*",
     "08": "c c a c b* a",
     "09": "b b b c c c b* a c b b* c*",
-    "10": "c b b c bc* b* b b* c b* c b c b b",
+    "10": "c b b c b* b* b b* c b* c b c b b",
     "11": "c* c a c* a* b* b* a b* b c* c* c* b*",
     "12": "c c c* c* c* c a c* c* b c b b*",
     "13": "c a b b c* c* b* b* c* b b c*",

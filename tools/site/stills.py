@@ -31,7 +31,7 @@ from siglip_lib.data import Emoji64, split
 from siglip_lib.evaluate import Scenes
 from siglip_lib.siglip import EMOJI64_VECTORS, EMOJI64_WEIGHTS, SigLIP, Tokenizer
 from siglip_lib.train.captioning import load_captioner
-from siglip_lib.train.questions import QUESTION, questions
+from siglip_lib.train.questions import QUESTION, Questions, questions
 
 PHOTOS = ("cat", "coffee", "astronaut")
 
@@ -45,17 +45,17 @@ def shipped() -> tuple[SigLIP, Tokenizer, Emoji64, Tensor]:
 
 
 @cache
-def scenes(count: int = 400) -> Scenes:
-    """Scenes of four drawings that no training saw: of 400, notebook 11's; of 100, notebook 15's."""
+def scenes() -> Scenes:
+    """Notebook 11's 400 scenes of four drawings that no training saw."""
     emoji = shipped()[2]
     seen = split(emoji).seen
     drawn = torch.Generator().manual_seed(0)
-    return make_scenes(emoji.pictures[seen], emoji.concept[seen], count, size=64, generator=drawn)
+    return make_scenes(emoji.pictures[seen], emoji.concept[seen], 400, size=64, generator=drawn)
 
 
-def scene_names(number: int, count: int = 400) -> list[str]:
+def scene_names(number: int) -> list[str]:
     names = shipped()[2].names
-    return [" · ".join(names[i] for i in row) for row in scenes(count).concept[:number].tolist()]
+    return [" · ".join(names[i] for i in row) for row in scenes().concept[:number].tolist()]
 
 
 def all_drawings() -> str:
@@ -120,14 +120,16 @@ def four_drawings() -> str:
 
 
 def captioned_scene() -> str:
-    """Notebook 15's captioner, its first scene and its first question."""
-    captioner = load_captioner(shipped()[0].image)
+    """Notebook 15's captioner, its first scene of sixteen by tiles, its first question and the block that it sets."""
+    captioner, emoji = load_captioner(shipped()[0].image), shipped()[2]
     tokenizer = Tokenizer(EMOJI64_WEIGHTS / "spiece.model", QUESTION)
+    crowd = Questions(emoji, split(emoji).seen, tokenizer, grids=(4,), batch=32, tiles=4)
+    ((pixels, _),) = crowd.scenes(0)
     box = caption_viewer(
-        captioner.prefix, captioner.language, tokenizer, scenes(100).pixels[:8], questions(2),
-        names=scene_names(8, 100),
-    )  # fmt: skip
+        captioner.prefix, captioner.language, tokenizer, pixels, questions(4), tiles=4
+    )
     menus, result = box.children
+    menus.children[2].value = 1
     return _still(
         _chosen(menus) + result.value,
         "What a captioner reads and writes, as it stands at first. In a running notebook picture, question, block and "
